@@ -1,0 +1,119 @@
+"""What all commands share: where the configs are, how errors look, the JSON line at the end."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hass_lightning.ledger import RESULT_FILE_VARIABLE
+
+log = logging.getLogger(__name__)
+
+
+def config_folder() -> str:
+    """`conf/` inside the installed package (a wheel), else at the root of the checkout (an editable install)."""
+    packaged = Path(__file__).parent / "conf"
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"the configs are missing: neither {packaged} nor {folder} exists; reinstall the package"
+        )
+    return str(folder)
+
+
+def split_overrides(overrides: str) -> list[str]:
+    """The parts of an override_dirname: at its commas, but not at those inside brackets or quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in overrides:
+        if character in "\"'" and quote in ("", character):
+            quote = "" if quote else character
+        depth += 0 if quote else (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part for part in parts if part]
+
+
+def run_name(overrides: str) -> str:
+    """A run folder's name from its overrides, the same for the same command: `<experiment>-<hash>`."""
+    parts = split_overrides(overrides)
+    chosen = dict(part.lstrip("+").split("=", 1) for part in parts if "=" in part)
+    stem = Path(chosen.get("name") or chosen.get("experiment") or "quickstart").name
+    rest = ",".join(sorted(part for part in parts if not part.startswith(("name=", "fresh="))))
+    if rest in ("", f"experiment={stem}"):
+        return stem
+    return f"{stem}-{hashlib.sha256(rest.encode()).hexdigest()[:8]}"
+
+
+OmegaConf.register_new_resolver("hass.run_name", run_name, replace=True)
+
+
+def write_result(**values: Any) -> None:
+    """Hand a result to the sweep launcher that started this process (the first rank alone), if one did."""
+    path = os.environ.get(RESULT_FILE_VARIABLE)
+    if not path or any(int(os.environ.get(rank) or 0) for rank in ("RANK", "LOCAL_RANK", "NODE_RANK")):
+        return
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(values, default=str))
+    partial.replace(path)
+
+
+def user_error(error: BaseException) -> str | None:
+    """The sentence for an error that the user can cure, None for one of ours."""
+    place, built = "", isinstance(error, InstantiationException)
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        key = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else ""
+        place, error = place or key, error.__cause__
+    if isinstance(error, ValueError | OSError):
+        return str(error)
+    if isinstance(error, OmegaConfBaseException):
+        return f"{str(error).splitlines()[0]} ({error.full_key})"
+    if built:
+        return " ".join(str(error).split()) + (f" (config key {place})" if place else "")
+    return None
+
+
+def command(config_name: str) -> Callable[[Callable[[DictConfig], dict[str, Any]]], Callable[[], None]]:
+    """Turn `function(config) -> result` into a command: Hydra in front, one line of JSON behind.
+
+    A ValueError is the user's: it is printed as one sentence, and the exit code is 1. Everything else keeps its trace
+    (HASS_LIGHTNING_TRACE=1: that, too).
+    """
+
+    def decorate(function: Callable[[DictConfig], dict[str, Any]]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def run(config: DictConfig) -> float | None:
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            try:
+                result = function(config)
+            except Exception as error:
+                sentence = user_error(error)
+                write_result(error=sentence or repr(error))
+                if sentence is None or os.environ.get("HASS_LIGHTNING_TRACE"):
+                    raise
+                log.debug("trace", exc_info=True)
+                print(f"error: {sentence}", file=sys.stderr, flush=True)
+                raise SystemExit(1) from error
+            metric = result.pop("_metric", None)
+            write_result(metric=metric, result={key: value for key, value in result.items() if key != "_silent"})
+            if not result.pop("_silent", False):
+                print(json.dumps(result, default=str), flush=True)
+            return metric
+
+        return hydra.main(version_base="1.3", config_path=config_folder(), config_name=config_name)(run)
+
+    return decorate

@@ -1,0 +1,1 @@
+"""From prompts to batches: conversations, tokens with their loss mask, target features, the datamodule."""

@@ -1,0 +1,278 @@
+"""Batches of features for Lightning. Order and noise are functions of (seed, epoch, index): resuming needs no state.
+
+Shapes: B batch, T tokens, D hidden (types.py has the legend).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from hass_lightning.data.features import FeatureStore, extract_features
+from hass_lightning.data.tokens import encode_all
+from hass_lightning.target.model import TargetModel
+from hass_lightning.types import Conversation, FeatureBatch, Tokens
+
+log = logging.getLogger(__name__)
+
+
+class ConversationSource(Protocol):
+    """Anything that gives conversations: JSON lines, a hub data set, self-distillation."""
+
+    def load(self, target: TargetModel) -> list[Conversation]: ...  # noqa: D102
+
+
+def _hash(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:7], "big")
+
+
+def split_validation(
+    conversations: Sequence[Conversation], num_validation: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """(train, validation) with no question in both: by the data's own `split` field, else by a hash of the question."""
+    groups: dict[str, list[Conversation]] = {}
+    for conversation in conversations:
+        groups.setdefault(" ".join(conversation.question.lower().split()), []).append(conversation)
+    labelled = any(conversation.split for conversation in conversations)
+    if labelled:
+        held_out = {key for key, group in groups.items() if any(c.split == "validation" for c in group)}
+    else:
+        held_out = set(sorted(groups, key=lambda key: _hash("split", key))[:num_validation])
+    train = [c for key, group in groups.items() if key not in held_out for c in group]
+    validation = [c for key, group in groups.items() if key in held_out for c in group[:1]]
+    if not train or not validation:
+        raise ValueError(
+            f"the data leave {len(train)} training and {len(validation)} validation conversations: lower "
+            "data.num_validation, or give more data."
+        )
+    return train, validation[:num_validation]
+
+
+class BatchOrder(Sampler[list[tuple[int, int]]]):
+    """All batches of a run, by global batch number: lists of (epoch, index) for this process.
+
+    Every epoch shuffles anew, gathers similar lengths, and shuffles the batches; a run over `num_batches` starts at
+    `first`, so that a resumed run sees exactly what the uninterrupted one would have seen.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, num_batches: int, first: int = 0, rank: int = 0,
+        world_size: int = 1,
+    ):  # fmt: skip
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.num_batches, self.first, self.rank, self.world_size = num_batches, first, rank, world_size
+        if len(lengths) < self.global_batch:
+            raise ValueError(
+                f"{len(lengths)} training conversations do not fill one batch of {self.global_batch}: lower "
+                "data.batch_size, or give more data."
+            )
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences a step over all processes."""
+        return self.batch_size * self.world_size
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Whole global batches an epoch; what is left over waits for another shuffle."""
+        return len(self.lengths) // self.global_batch
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """The global batches of one epoch."""
+        generator = torch.Generator().manual_seed(_hash(self.seed, "order", epoch))
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size, batches = self.global_batch, []
+        order = order[: self.batches_per_epoch * size]
+        for start in range(0, len(order), 16 * size):
+            bucket = sorted(order[start : start + 16 * size], key=lambda index: self.lengths[index])
+            batches += [bucket[first : first + size] for first in range(0, len(bucket), size)]
+        return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, batches = -1, []
+        for number in range(self.first, self.num_batches):
+            if number // self.batches_per_epoch != epoch:
+                epoch = number // self.batches_per_epoch
+                batches = self.epoch(epoch)
+            batch = batches[number % self.batches_per_epoch]
+            yield [(epoch, index) for index in batch[self.rank :: self.world_size]]
+
+
+class FeatureDataset(Dataset):
+    """Sequences of a store by (epoch, index), with uniform noise on the features (EAGLE's data augmentation)."""
+
+    def __init__(self, store: FeatureStore, noise: float = 0.0, seed: int = 0):
+        self.store, self.noise, self.seed = store, noise, seed
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Tensor | str]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        row: dict[str, Tensor | str] = dict(self.store.read(index))
+        features = row["features"]
+        assert isinstance(features, Tensor)
+        row["inputs"] = features
+        if self.noise:
+            generator = torch.Generator().manual_seed(_hash(self.seed, "noise", epoch, index))
+            noise = torch.rand(features.shape, generator=generator).sub_(0.5).mul_(2 * self.noise)
+            row["inputs"] = features + noise.to(features.dtype)
+        row["id"] = self.store.ids[index]
+        return row
+
+
+def collate(rows: list[dict]) -> tuple[FeatureBatch, Tensor]:
+    """Right-pad to the longest: (batch with the true features, the possibly noisy input features [B, T, D])."""
+    lengths = torch.tensor([row["input_ids"].shape[0] for row in rows])
+    longest = int(lengths.max())
+
+    def padded(name: str, value: float | int | bool = 0) -> Tensor:
+        first = rows[0][name]
+        stacked = first.new_full((len(rows), longest, *first.shape[1:]), value)
+        for number, row in enumerate(rows):
+            stacked[number, : row[name].shape[0]] = row[name]
+        return stacked
+
+    features = padded("features")
+    inputs = features if all(row["inputs"] is row["features"] for row in rows) else padded("inputs")
+    batch = FeatureBatch(
+        padded("input_ids"), padded("loss_mask"), lengths, features, padded("target_ids", -1),
+        [row["id"] for row in rows],
+    )  # fmt: skip
+    return batch, inputs
+
+
+class FeatureDataModule(L.LightningDataModule):
+    """Conversations → tokens → features → batches.
+
+    Args:
+        source: where conversations come from. target: the frozen LLM whose features are learned.
+        max_length: longest sequence in tokens. max_answer_tokens: training rows to use (None: all).
+        num_validation: validation conversations. batch_size: sequences a process and step.
+        noise: half-width of the uniform noise on the input features (0 = none; EAGLE: 0.1).
+        cache_dir: where features are stored. num_workers: loader processes.
+    """
+
+    def __init__(
+        self,
+        source: ConversationSource,
+        target: TargetModel,
+        max_length: int = 2048,
+        max_answer_tokens: int | None = None,
+        num_validation: int = 200,
+        batch_size: int = 8,
+        noise: float = 0.0,
+        seed: int = 0,
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+    ):
+        super().__init__()
+        if batch_size < 1 or max_length < 2 or num_validation < 1 or noise < 0:
+            raise ValueError(
+                f"data.batch_size={batch_size}, data.max_length={max_length}, data.num_validation={num_validation}, "
+                f"data.noise={noise}: sizes must be positive, noise not negative."
+            )
+        self.source, self.target = source, target
+        self.max_length = min(max_length, target.max_length)
+        self.max_answer_tokens, self.num_validation = max_answer_tokens, num_validation
+        self.batch_size, self.noise, self.seed = batch_size, noise, seed
+        self.cache_dir, self.num_workers = cache_dir, num_workers
+        self.num_batches: int | None = None  # of the whole run; set by the command
+        self._tokens: tuple[list[Tokens], list[Tokens]] | None = None
+        self._stores: tuple[FeatureStore, FeatureStore] | None = None
+        self.validation_conversations: list[Conversation] = []
+
+    def tokens(self) -> tuple[list[Tokens], list[Tokens]]:
+        """(train, validation) sequences."""
+        if self._tokens is None:
+            train, validation = split_validation(self.source.load(self.target), self.num_validation)
+            encode = (self.target.tokenizer, self.max_length, self.target.eos_token_ids)
+            train_tokens = encode_all(encode[0], train, *encode[1:], self.max_answer_tokens)
+            self._tokens = train_tokens, encode_all(encode[0], validation, *encode[1:])
+            kept = {sequence.id for sequence in self._tokens[1]}
+            self.validation_conversations = [c for c in validation if c.id in kept]
+        return self._tokens
+
+    def stores(self) -> tuple[FeatureStore, FeatureStore]:
+        """(train, validation) features, extracted if the cache has none; one process does it, the others wait."""
+        if self._stores is None:
+            train, validation = self.tokens()
+            self._stores = (
+                extract_features(self.target, train, self.cache_dir, name="training features"),
+                extract_features(self.target, validation, self.cache_dir, name="validation features"),
+            )
+        return self._stores
+
+    def most_frequent_tokens(self, size: int) -> tuple[Tensor, float]:
+        """The `size` most frequent training answer tokens (ties by id), sorted, and the share of answers they cover."""
+        counts: Counter[int] = Counter()
+        for sequence in self.tokens()[0]:
+            answer = sequence.loss_mask.roll(1)
+            counts.update(sequence.input_ids[answer].tolist())
+        for token in self.target.eos_token_ids:
+            counts[token] += 1  # the end of turn stands outside the marked rows, but is drafted
+        vocab_size = self.target.head.vocab_size
+        if not 0 < size <= vocab_size:
+            raise ValueError(f"model.draft.vocab_size={size} must lie in 1 … {vocab_size} (the target's), or be null.")
+        ranked = sorted(range(vocab_size), key=lambda token: (-counts[token], token))[:size]
+        coverage = sum(counts[token] for token in ranked) / max(1, counts.total())
+        return torch.tensor(sorted(ranked)), coverage
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Steps an epoch takes before accumulation."""
+        world_size = self.trainer.world_size if self.trainer is not None else 1
+        return max(1, len(self.tokens()[0]) // (self.batch_size * world_size))
+
+    def prepare_data(self) -> None:
+        """Extract the features (one process a node)."""
+        self.stores()
+
+    def train_dataloader(self) -> DataLoader:
+        """All batches of the run, from the first that the resumed step has not seen."""
+        store, trainer = self.stores()[0], self.trainer
+        assert trainer is not None
+        first = trainer.global_step * trainer.accumulate_grad_batches
+        lengths = [store.length(index) for index in range(len(store))]
+        num_batches = self.num_batches or self.batches_per_epoch
+        order = BatchOrder(
+            lengths, self.batch_size, self.seed, num_batches, first, trainer.global_rank, trainer.world_size
+        )
+        return self._loader(FeatureDataset(store, self.noise, self.seed), batch_sampler=order)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation sequences, each read by one process."""
+        store, trainer = self.stores()[1], self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        mine = list(range(len(store)))[rank::world_size]
+        mine.sort(key=store.length)
+        batches = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
+        return self._loader(FeatureDataset(store), batch_sampler=batches)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move features (and keep `inputs is features` when there is no noise)."""
+        moved, inputs = batch
+        same = inputs is moved.features
+        moved = moved.to(device, non_blocking=True)
+        return moved, moved.features if same else inputs.to(device, non_blocking=True)
+
+    def _loader(self, dataset: FeatureDataset, batch_sampler) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=batch_sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

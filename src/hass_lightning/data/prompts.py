@@ -1,0 +1,172 @@
+"""Conversations from JSON lines or a Hugging Face data set, in the ShareGPT or the OpenAI shape.
+
+Anything that is not a conversation is skipped and counted by reason, never guessed at.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hass_lightning.target.model import TargetModel
+from hass_lightning.types import Conversation, Message
+
+log = logging.getLogger(__name__)
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+
+
+class SkippedConversation(ValueError):
+    """A record that cannot be used; the message is the reason that the summary counts."""
+
+
+def parse_conversation(record: Any, default_id: str) -> Conversation:
+    """One record in the ShareGPT (`conversations`) or OpenAI (`messages`) shape.
+
+    Raises:
+        SkippedConversation: malformed, an unknown role, an empty message, or roles out of order.
+    """
+    if not isinstance(record, dict):
+        raise SkippedConversation("not a JSON object")
+    turns = record.get("messages", record.get("conversations"))
+    if not isinstance(turns, list) or not turns:
+        raise SkippedConversation("no `messages` or `conversations` list")
+    messages: list[Message] = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise SkippedConversation("a message is not an object")
+        name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role = ROLES.get(name) if isinstance(name, str) else None
+        if role is None:
+            raise SkippedConversation(f"unknown role {name!r}")
+        if not isinstance(content, str) or not content.strip():
+            raise SkippedConversation("an empty message")
+        messages.append(Message(role, content))  # type: ignore[arg-type]
+    speakers = [message.role for message in messages if message.role in ("user", "assistant")]
+    if any(role == "system" for role in (m.role for m in messages[1:])):
+        raise SkippedConversation("a system message after the first")
+    if not speakers or speakers[0] != "user" or any(a == b for a, b in pairwise(speakers)):
+        raise SkippedConversation("roles out of order")
+    return Conversation(
+        id=str(record.get("id", default_id)),
+        messages=tuple(messages),
+        category=str(record.get("category", "")),
+        finished=bool(record.get("finished", True)),
+        split=str(record.get("split", "")),
+    )
+
+
+def open_text(path: Path):
+    """A text file for reading, gzip or not."""
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
+def read_json_lines(path: str | Path) -> Iterator[Any]:
+    """The records of a .jsonl, .jsonl.gz or .json file (a list); a line that is no JSON comes as None.
+
+    Raises:
+        ValueError: the file does not exist or cannot be read.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"the data file {path} does not exist: set data.source.path (or benchmark.path) to a file.")
+    try:
+        with open_text(path) as file:
+            if path.name.removesuffix(".gz").endswith(".json"):
+                yield from json.load(file)
+                return
+            for line in file:
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except json.JSONDecodeError:
+                        yield None
+    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"the data file {path} cannot be read ({error}): is it {path.suffix}, whole, in UTF-8?"
+        ) from error
+
+
+def parse_all(records: Iterable[Any], where: str, limit: int | None = None) -> list[Conversation]:
+    """All usable conversations of `records`; the skipped ones are counted in one log line.
+
+    Raises:
+        ValueError: nothing usable is left.
+    """
+    kept: list[Conversation] = []
+    skipped: Counter[str] = Counter()
+    for number, record in enumerate(records):
+        if limit is not None and len(kept) >= limit:
+            break
+        try:
+            kept.append(parse_conversation(record, f"{where}:{number}"))
+        except SkippedConversation as reason:
+            skipped[str(reason)] += 1
+    if skipped:
+        log.warning("%s: kept %d conversations, skipped %s", where, len(kept), dict(skipped))
+    if not kept:
+        raise ValueError(
+            f"{where} holds no usable conversation ({dict(skipped) or 'it is empty'}). Expected one object a line with "
+            "`messages` [{role, content}, …] or `conversations` [{from, value}, …]."
+        )
+    return kept
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """Conversations of a JSON lines file (`path`; `package://` names a file shipped inside hass_lightning)."""
+
+    path: str
+    limit: int | None = None
+
+    def load(self, target: TargetModel) -> list[Conversation]:
+        """Read and check the file."""
+        path = Path(self.path)
+        if self.path.startswith("package://"):
+            path = Path(__file__).parent.parent / self.path.removeprefix("package://")
+        return parse_all(read_json_lines(path), path.name, self.limit)
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """Conversations of a Hugging Face data set (`pip install hass-lightning[data]`), or of a local folder of one."""
+
+    path: str
+    split: str = "train"
+    revision: str | None = None
+    limit: int | None = None
+
+    def load(self, target: TargetModel) -> list[Conversation]:
+        """Read the data set through the `datasets` library.
+
+        Raises:
+            ValueError: it is not installed, or the data set cannot be reached.
+        """
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ValueError(
+                "data from the hub needs the `datasets` library: pip install 'hass-lightning[data]'"
+            ) from error
+        from hass_lightning.target.source import _hub_answers
+
+        if not Path(self.path).exists() and not _hub_answers():
+            raise ValueError(
+                f"the data set {self.path} is not a local folder and the Hugging Face hub cannot be reached: download "
+                "it elsewhere and set data.source.path to the folder, or use data=jsonl with a file."
+            )
+        return parse_all(load_dataset(self.path, split=self.split, revision=self.revision), self.path, self.limit)

@@ -1,0 +1,126 @@
+"""Conversations to token ids and loss masks, through the tokenizer's own chat template (hass.md §4.4).
+
+Shapes: T tokens of a sequence (types.py has the legend).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+
+from hass_lightning.data.prompts import SkippedConversation
+from hass_lightning.types import Conversation, Message, Tokens
+
+log = logging.getLogger(__name__)
+
+
+def as_dicts(messages: Iterable[Message]) -> list[dict[str, str]]:
+    """Messages in the shape chat templates take."""
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def encode_prompt(tokenizer, messages: Iterable[Message]) -> list[int]:
+    """Token ids of a conversation up to where the assistant starts to write."""
+    text = tokenizer.apply_chat_template(as_dicts(messages), tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def answer_spans(tokenizer, messages: tuple[Message, ...]) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation and the character span of every answer, its end-of-turn token included.
+
+    The span of answer i is what rendering one message more adds to the prompt that asks for it.
+
+    Raises:
+        SkippedConversation: the template rewrites earlier turns, so that no prefix holds.
+    """
+    text = tokenizer.apply_chat_template(as_dicts(messages), tokenize=False)
+    spans = []
+    for number, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        prompt = tokenizer.apply_chat_template(as_dicts(messages[:number]), tokenize=False, add_generation_prompt=True)
+        through = tokenizer.apply_chat_template(as_dicts(messages[: number + 1]), tokenize=False)
+        if not (through.startswith(prompt) and text.startswith(through)):
+            raise SkippedConversation("the chat template rewrites earlier turns")
+        spans.append((len(prompt), len(through)))
+    return text, spans
+
+
+def encode_conversation(
+    tokenizer, conversation: Conversation, max_length: int, end_ids: frozenset[int] = frozenset()
+) -> Tokens:
+    """Token ids and row mask of one conversation.
+
+    Row t is marked iff token t+1 belongs to an answer and is not its end-of-turn token: then the draft head, fed that
+    token, predicts what follows it. A generation-marked template (`{% generation %}`) is trusted; else the spans are
+    found from rendered prefixes.
+
+    Raises:
+        SkippedConversation: no answer token, longer than `max_length`, or a template that cannot be followed.
+    """
+    ends = end_ids or frozenset(tokenizer.all_special_ids)
+    if "{% generation" in (tokenizer.chat_template or ""):
+        encoded = tokenizer.apply_chat_template(
+            as_dicts(conversation.messages), return_dict=True, return_assistant_tokens_mask=True
+        )
+        input_ids, in_answer = list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
+    else:
+        text, spans = answer_spans(tokenizer, conversation.messages)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        input_ids = list(encoded["input_ids"])
+        in_answer = [False] * len(input_ids)
+        offsets, token = encoded["offset_mapping"], 0
+        for start, end in spans:
+            while token < len(input_ids) and offsets[token][0] < start:
+                token += 1
+            while token < len(input_ids) and offsets[token][1] <= end and input_ids[token] not in ends:
+                in_answer[token] = True
+                token += 1
+    in_answer = [flag and token not in ends for flag, token in zip(in_answer, input_ids, strict=True)]
+    if not conversation.finished and any(in_answer):  # cut where the target's own words stop
+        length = len(in_answer) - in_answer[::-1].index(True)
+        input_ids, in_answer = input_ids[:length], in_answer[:length]
+    if len(input_ids) > max_length:
+        raise SkippedConversation(f"longer than {max_length} tokens")
+    loss_mask = [*in_answer[1:], False]
+    if not any(loss_mask):
+        raise SkippedConversation("an empty loss mask")
+    return Tokens(conversation.id, torch.tensor(input_ids), torch.tensor(loss_mask))
+
+
+def encode_all(
+    tokenizer,
+    conversations: Iterable[Conversation],
+    max_length: int,
+    end_ids: frozenset[int] = frozenset(),
+    max_answer_tokens: int | None = None,
+) -> list[Tokens]:
+    """Tokens of all usable conversations, in order, until `max_answer_tokens` marked rows are reached.
+
+    Raises:
+        ValueError: none is usable.
+    """
+    kept: list[Tokens] = []
+    skipped: Counter[str] = Counter()
+    num_rows = 0
+    for conversation in conversations:
+        if max_answer_tokens is not None and num_rows >= max_answer_tokens:
+            break
+        try:
+            tokens = encode_conversation(tokenizer, conversation, max_length, end_ids)
+        except SkippedConversation as reason:
+            skipped[str(reason)] += 1
+            continue
+        kept.append(tokens)
+        num_rows += int(tokens.loss_mask.sum())
+    if skipped:
+        log.warning("tokenised %d conversations, skipped %s", len(kept), dict(skipped))
+    if not kept:
+        raise ValueError(
+            f"no conversation is left after tokenisation ({dict(skipped) or 'there was none'}): raise data.max_length, "
+            "or check the roles and the chat template of the data."
+        )
+    return kept

@@ -1,0 +1,88 @@
+"""A saved head: `model.safetensors` (published key names), `config.json`, `draft_vocab.safetensors` if pruned."""
+
+from __future__ import annotations
+
+import json
+import os
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from hass_lightning.draft.eagle import EagleDraft
+
+OURS = "hass_lightning"  # the key of config.json that holds what engines do not read
+
+
+@dataclass
+class SavedDraft:
+    """A head read back: the module, its draft vocabulary (None: full) and what was noted when it was saved."""
+
+    draft: EagleDraft
+    token_ids: Tensor | None
+    notes: dict[str, Any]
+
+    def for_decoding(self, dtype: torch.dtype, device: torch.device | str) -> EagleDraft:
+        """A copy of the head in the target's dtype, on its device."""
+        return deepcopy(self.draft).to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def save_draft(folder: str | Path, draft: EagleDraft, token_ids: Tensor | None, notes: dict[str, Any]) -> Path:
+    """Write a head. `notes` (target name, fingerprint, alignment, …) stand in config.json under `hass_lightning`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in draft.state_dict().items()}
+    _atomic(folder / "model.safetensors", lambda path: save_file(tensors, path))
+    if token_ids is not None:
+        ids = {"token_ids": token_ids.cpu().contiguous()}
+        _atomic(folder / "draft_vocab.safetensors", lambda path: save_file(ids, path))
+    config = draft.config.to_dict() | {"architectures": ["LlamaForCausalLMEagle"]}
+    config[OURS] = notes | {"fc_bias": draft.fc.bias is not None}
+    text = json.dumps(config, indent=2, default=str) + "\n"
+    _atomic(folder / "config.json", lambda path: Path(path).write_text(text))
+    return folder
+
+
+def _atomic(path: Path, write) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    write(str(aside))
+    os.replace(aside, path)
+
+
+def load_draft(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> SavedDraft:
+    """Read a head from its folder, or from a run folder that holds one in `draft/`.
+
+    Raises:
+        ValueError: no head there, a damaged file, or keys that do not fit (both sides are named).
+    """
+    folder = Path(path)
+    if not (folder / "config.json").exists() and (folder / "draft" / "config.json").exists():
+        folder = folder / "draft"
+    if not (folder / "model.safetensors").exists() or not (folder / "config.json").exists():
+        raise ValueError(f"{path} holds no draft head (config.json and model.safetensors, there or in draft/).")
+    raw = json.loads((folder / "config.json").read_text())
+    notes = raw.pop(OURS, {})
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder / 'model.safetensors'} is damaged ({error}): export or train the head again."
+        ) from error
+    draft = EagleDraft(LlamaConfig.from_dict(raw), fc_bias=notes.get("fc_bias", "fc.bias" in tensors))
+    expected = draft.state_dict()
+    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    wrong = [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
+    if missing or extra or wrong:
+        raise ValueError(
+            f"{folder} does not fit its config: missing {missing}, unexpected {extra}, wrong shape {wrong}."
+        )
+    draft.load_state_dict(tensors)
+    vocab = folder / "draft_vocab.safetensors"
+    token_ids = load_file(vocab)["token_ids"] if vocab.exists() else None
+    return SavedDraft(draft.to(device=device, dtype=dtype).eval(), token_ids, notes)

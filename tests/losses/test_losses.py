@@ -1,0 +1,103 @@
+"""HAD: each term against its slow form, chunked = unchunked, masks and gradients."""
+
+import pytest
+import torch
+
+from hass_lightning.losses import DraftLoss, FeatureRegression, Rows, SoftCrossEntropy, TargetRows, TopK
+from hass_lightning.target.head import DraftVocabulary
+
+R, D, V = 7, 6, 13
+
+
+def make(seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    steps = [torch.randn(R, D, generator=generator, dtype=dtype).requires_grad_() for _ in range(3)]
+    target = torch.randn(R, D, generator=generator, dtype=dtype)
+    vocabulary = DraftVocabulary(torch.randn(V, D, generator=generator, dtype=dtype))
+    return steps, target, vocabulary
+
+
+def hass(chunk_rows=1024, k=4):
+    terms = {"feature": FeatureRegression(1.0), "soft_ce": SoftCrossEntropy(0.1), "top_k": TopK(1.0, k=k)}
+    return DraftLoss(terms, chunk_rows)
+
+
+def official(steps, target, vocabulary, k):
+    """hass.md §1.2, per element."""
+    total = 0.0
+    for f in steps:
+        for r in range(R):
+            p = (vocabulary.weight @ target[r]).softmax(0)
+            log_q = (vocabulary.weight @ f[r]).log_softmax(0)
+            difference = (f[r] - target[r]).abs()
+            smooth = torch.where(difference < 1, 0.5 * difference**2, difference - 0.5).mean()
+            top = p.argsort(descending=True)[:k]
+            total = total + (smooth - 0.1 * (p * log_q).sum() - (p[top] * log_q[top]).sum()) / R
+    return total
+
+
+def test_value_and_gradient_equal_the_official_formula():
+    steps, target, vocabulary = make()
+    ours = hass()(steps, target, vocabulary, torch.zeros(R, dtype=torch.int64), R).total
+    expected = official(steps, target, vocabulary, 4)
+    assert torch.allclose(ours, expected, atol=1e-12)
+    ours_gradients = torch.autograd.grad(ours, steps, retain_graph=True)
+    for a, b in zip(ours_gradients, torch.autograd.grad(expected, steps), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 7])
+def test_chunked_equals_unchunked(chunk_rows):
+    steps, target, vocabulary = make()
+    wanted = (target @ vocabulary.weight.T).argmax(-1)
+    whole, parts = (hass(c)(steps, target, vocabulary, wanted, R, (1.0, 0.5, 0.25)) for c in (1024, chunk_rows))
+    assert torch.allclose(whole.total, parts.total, atol=1e-12)
+    assert torch.equal(whole.hits, parts.hits)
+    for a, b in zip(torch.autograd.grad(whole.total, steps), torch.autograd.grad(parts.total, steps), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_top_k_of_the_whole_vocabulary_is_soft_cross_entropy():
+    steps, target, vocabulary = make()
+    rows = Rows(steps[0], vocabulary.logits(steps[0]), TargetRows(target, vocabulary.logits(target)), 1)
+    assert torch.allclose(TopK(k=V)(rows), SoftCrossEntropy()(rows), atol=1e-12)
+
+
+def test_gradcheck():
+    steps, target, vocabulary = make()
+
+    def total(*features):
+        return hass(3)(features, target, vocabulary, torch.zeros(R, dtype=torch.int64), R).total
+
+    assert torch.autograd.gradcheck(total, tuple(steps))
+
+
+def test_weight_zero_is_not_computed():
+    class Explodes(SoftCrossEntropy):
+        def forward(self, rows):
+            raise AssertionError("computed")
+
+    steps, target, vocabulary = make()
+    loss = DraftLoss({"feature": FeatureRegression(), "off": Explodes(0.0)})
+    output = loss(steps, target, vocabulary, torch.zeros(R, dtype=torch.int64), R)
+    assert set(output.values) == {"feature/step1", "feature/step2", "feature/step3"}
+
+
+def test_pruned_vocabulary_renormalises():
+    _, target, vocabulary = make()
+    kept = torch.tensor([1, 4, 5, 9])
+    pruned = DraftVocabulary(vocabulary.weight, token_ids=kept)
+    rows = TargetRows(target, pruned.logits(target))
+    full = vocabulary.logits(target).softmax(-1)[:, kept]
+    assert torch.allclose(rows.probs, full / full.sum(-1, keepdim=True), atol=1e-12)
+    assert pruned.to_indices(torch.tensor([5, 0])).tolist() == [2, -1]
+    assert pruned.to_token_ids(torch.tensor([[3]])).tolist() == [[9]]
+
+
+def test_bad_terms_are_refused():
+    with pytest.raises(ValueError, match=r"model\.loss\.terms\.top_k\.k=0"):
+        TopK(k=0)
+    with pytest.raises(ValueError, match="nothing to learn"):
+        DraftLoss({"top_k": TopK(0.0)})
+    with pytest.raises(ValueError, match="negative"):
+        SoftCrossEntropy(-1.0)

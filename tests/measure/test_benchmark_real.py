@@ -1,0 +1,99 @@
+"""run_benchmark with the real decoders on a tiny random target."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from measure_toys import question
+
+from hass_lightning.decoding import (
+    Autoregressive,
+    Chain,
+    DecodingModels,
+    DraftModel,
+    DynamicTree,
+    PromptLookup,
+    StaticTree,
+)
+from hass_lightning.draft import EagleDraft, draft_config
+from hass_lightning.measure import read_records, run_benchmark, summarize
+from hass_lightning.target import TargetModel
+from hass_lightning.target.tiny import tiny_llama
+from hass_lightning.types import Sampling
+
+PROMPTS = [question(0, "one two", "three"), question(1, "four")]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HASS_LIGHTNING_CACHE", str(tmp_path_factory.mktemp("cache")))
+        target = TargetModel.load(tiny_llama(), "tiny", dtype="float32")
+    torch.manual_seed(0)
+    return DecodingModels(target, EagleDraft(draft_config(target.config)).eval(), small=target)
+
+
+def in_bf16(models):
+    target = models.target.in_dtype(torch.bfloat16)
+    draft = EagleDraft(models.draft.config).eval()
+    draft.load_state_dict(models.draft.state_dict())
+    return replace(models, target=target, draft=draft.bfloat16(), small=target)
+
+
+def test_all_decoders_are_measured_and_lossless(models, tmp_path):
+    decoders = {
+        "autoregressive": Autoregressive(),
+        "prompt_lookup": PromptLookup(),
+        "draft_model": DraftModel(depth=3),
+        "chain": Chain(depth=2),
+        "static_tree": StaticTree(),
+        "dynamic_tree": DynamicTree(num_nodes=6, depth=2, width=3),
+    }
+    path = tmp_path / "records.jsonl"
+    records = run_benchmark(
+        {"head": models},
+        decoders,
+        PROMPTS,
+        max_new_tokens=13,
+        samplings=(Sampling(), Sampling(1.0)),
+        records_path=path,
+        checked_prompts=1,
+        num_warmup=0,
+    )
+    assert len(records) == 3 * 6 * 2
+    assert {r.key: r for r in read_records(path)} == {r.key: r for r in records}
+    for record in records:
+        assert record.num_tokens <= 13
+        assert len(record.accepted) == len(record.drafted) == len(record.nodes) == len(record.proposals)
+        assert sum(record.accepted) + len(record.accepted) + 1 >= record.num_tokens
+        assert record.total_seconds > 0
+    rows = {(row["decoder"], row["temperature"]): row for row in summarize(records)}
+    for name in decoders:
+        greedy = rows[name, 0.0]
+        if name != "autoregressive":
+            assert greedy["num_identical"] == greedy["num_compared"] == greedy["num_prompts"] == 2
+            assert greedy["num_fp32_identical"] == greedy["num_checked"] == 1
+    assert rows["autoregressive", 0.0]["acceptance_length"] == 1
+    assert rows["autoregressive", 0.0]["speedup"] == 1
+    # the small model is the target itself: every draft token is accepted, greedy or sampled
+    assert rows["draft_model", 0.0]["acceptance_length"] == rows["draft_model", 1.0]["acceptance_length"] == 4
+
+
+def test_ties_in_bf16_are_audited(models):
+    """Whatever bf16 does to the answers, fp32 is exact, and a difference comes with position and gap."""
+    low = in_bf16(models)
+    records = run_benchmark(
+        {"head": low},
+        {"autoregressive": Autoregressive(), "dynamic_tree": DynamicTree(num_nodes=6, depth=2, width=3)},
+        PROMPTS[1:],
+        max_new_tokens=13,
+        checked_prompts=1,
+        fp32_models={"head": models},
+        num_warmup=0,
+    )
+    tree = records[1]
+    assert tree.target == "tiny/bfloat16"
+    assert tree.fp32_identical is True
+    assert (tree.difference is None) == bool(tree.identical)
+    if tree.difference:
+        assert tree.difference["gap"] >= 0

@@ -1,0 +1,34 @@
+"""The pages in a real browser, without network: nothing is reported on its console and every figure is drawn."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+from report_factory import Words, make_records, write_run
+
+from hass_lightning.measure.summary import summarize
+from hass_lightning.report import benchmark_report, run_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (.ci/run installs it)")
+@pytest.mark.parametrize("kind", ["run", "benchmark"])
+def test_the_page_opens_without_network(tmp_path, kind):
+    folder = write_run(tmp_path / "run")
+    records = make_records()
+    report = run_report if kind == "run" else benchmark_report
+    path = report(folder, summarize(records), records, Words())
+    command = [
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"),
+        *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"),
+        *("--virtual-time-budget=8000", "--dump-dom", path.as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    num_figures = path.read_text().count("Plotly.newPlot(")
+    assert num_figures >= 5
+    assert done.stdout.count('class="modebar-container"') == num_figures  # plotly adds it when a figure is drawn

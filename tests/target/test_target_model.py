@@ -1,0 +1,171 @@
+"""TargetModel: pieces equal the whole, a tree equals its paths; the head and the draft vocabulary; the fingerprint."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+
+from hass_lightning.target import DraftVocabulary, TargetHead, TargetModel
+from hass_lightning.target.tiny import tiny_llama
+
+IDS = torch.tensor([[7, 30, 99, 4, 4, 120, 61, 200, 12, 45, 33, 8]])
+
+
+@pytest.mark.parametrize("pieces", [[12], [1] * 12, [5, 7], [3, 1, 6, 2], [11, 1]])
+def test_pieces_on_a_cache_equal_one_encode(tiny, pieces):
+    cache, parts, start = tiny.new_cache(1, 20), [], 0
+    for count in pieces:
+        parts.append(tiny.forward(IDS[:, start : start + count], cache))
+        cache.advance(count)
+        start += count
+    torch.testing.assert_close(torch.cat(parts, dim=1), tiny.encode(IDS), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_on_the_right_changes_nothing(tiny):
+    padded = torch.cat([IDS, torch.full((1, 9), 77)], dim=1)
+    torch.testing.assert_close(tiny.encode(padded)[:, :12], tiny.encode(IDS), atol=1e-5, rtol=1e-5)
+
+
+def random_tree(draw, count):
+    """Parents of `count` nodes, -1 = the root token's parent (the cached text)."""
+    return [-1] + [draw.randrange(node) for node in range(1, count)]
+
+
+def path_to(parents, node):
+    path = []
+    while node >= 0:
+        path.append(node)
+        node = parents[node]
+    return path[::-1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_tree_mask_equals_a_forward_of_every_path(tiny, seed):
+    draw = random.Random(seed)
+    parents = random_tree(draw, 9)
+    tokens = [draw.randrange(3, 250) for _ in parents]
+    cache = tiny.new_cache(1, 32)
+    tiny.forward(IDS, cache)
+    cache.advance(12)
+    paths = [path_to(parents, node) for node in range(9)]
+    mask = torch.zeros(1, 1, 9, 21, dtype=torch.bool)
+    mask[..., :12] = True
+    for node, path in enumerate(paths):
+        mask[0, 0, node, [12 + other for other in path]] = True
+    positions = torch.tensor([[12 + len(path) - 1 for path in paths]])
+    features = tiny.forward(torch.tensor([tokens]), cache, positions, mask)
+    for node, path in enumerate(paths):
+        text = torch.cat([IDS, torch.tensor([[tokens[other] for other in path]])], dim=1)
+        torch.testing.assert_close(features[0, node], tiny.encode(text)[0, -1], atol=1e-5, rtol=1e-5)
+    # the accepted path is kept, and the text goes on as if nothing else had been there
+    path = max(paths, key=len)
+    cache.keep(torch.tensor(path))
+    text = torch.cat([IDS, torch.tensor([[tokens[other] for other in path]])], dim=1)
+    following = tiny.forward(torch.tensor([[50]]), cache)
+    expected = tiny.encode(torch.cat([text, torch.tensor([[50]])], dim=1))[:, -1:]
+    torch.testing.assert_close(following, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_are_those_of_the_whole_model(tiny):
+    with torch.no_grad():
+        expected = tiny.model(IDS).logits
+    torch.testing.assert_close(tiny.head.logits(tiny.encode(IDS)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_it_is_frozen_and_in_evaluation_mode(tiny):
+    assert not tiny.model.training
+    assert not any(p.requires_grad for p in tiny.model.parameters())
+    assert not tiny.head.lm_head.requires_grad
+
+
+def test_end_tokens_come_from_generation_config_and_tokenizer(tiny):
+    assert tiny.tokenizer.convert_tokens_to_ids("<|im_end|>") in tiny.eos_token_ids
+    copy = tiny.in_dtype(torch.float32)
+    copy.model.generation_config.eos_token_id = [5, 6]
+    assert copy.eos_token_ids == {5, 6, tiny.tokenizer.eos_token_id}
+
+
+def test_another_dtype_is_a_copy(tiny):
+    copy = tiny.in_dtype(torch.bfloat16)
+    assert (copy.dtype, tiny.dtype) == (torch.bfloat16, torch.float32)
+    assert copy.fingerprint == tiny.fingerprint
+
+
+def test_the_tiny_target_is_the_same_everywhere_and_another_by_seed(tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("HASS_LIGHTNING_CACHE", str(tmp_path))
+    torch.manual_seed(123)
+    again = TargetModel.load(tiny_llama(seed=0), "again", dtype="float32")
+    assert again.fingerprint == tiny.fingerprint
+    assert torch.equal(again.head.lm_head, tiny.head.lm_head)
+    other = TargetModel.load(tiny_llama(seed=1), "other", dtype="float32")
+    assert other.fingerprint != tiny.fingerprint
+
+
+def changed_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+
+
+def changed_weights(folder):
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def changed_template(folder):
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def changed_tokenizer(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("im_start", "im_begin"))
+
+
+CHANGES = [changed_config, changed_weights, changed_template, changed_tokenizer]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_fingerprint_sees_what_features_depend_on(tiny, tmp_path, change):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny.folder, folder)
+    assert TargetModel(tiny.model, tiny.tokenizer, "copy", folder).fingerprint == tiny.fingerprint
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "9"}, indent=8))
+    assert TargetModel(tiny.model, tiny.tokenizer, "copy", folder).fingerprint == tiny.fingerprint
+    change(folder)
+    assert TargetModel(tiny.model, tiny.tokenizer, "copy", folder).fingerprint != tiny.fingerprint
+
+
+# --- the head --------------------------------------------------------------------------------------------------------
+
+
+def test_a_draft_vocabulary_keeps_rows_and_translates_both_ways():
+    torch.manual_seed(0)
+    weight, bias = torch.randn(10, 4), torch.randn(10)
+    kept = torch.tensor([1, 4, 7])
+    vocabulary = DraftVocabulary(weight, bias, kept)
+    features = torch.randn(2, 3, 4)
+    whole = TargetHead(torch.randn(10, 4), weight, bias).logits(features)
+    torch.testing.assert_close(vocabulary.logits(features), whole[..., kept])
+    assert len(vocabulary) == 3
+    assert vocabulary.to_token_ids(torch.tensor([[0, 2]])).tolist() == [[1, 7]]
+    assert vocabulary.to_indices(torch.arange(10)).tolist() == [-1, 0, -1, -1, 1, -1, -1, 2, -1, -1]
+
+
+def test_the_full_vocabulary_is_the_identity(tiny):
+    vocabulary = tiny.head.draft_vocabulary()
+    ids = torch.arange(259)
+    assert len(vocabulary) == 259
+    assert torch.equal(vocabulary.to_token_ids(ids), ids)
+    assert torch.equal(vocabulary.to_indices(ids), ids)
+
+
+def test_tied_ends_stay_one_tensor_in_another_dtype():
+    weight = torch.randn(10, 4)
+    tied = TargetHead(weight, weight).to(dtype=torch.bfloat16)
+    assert tied.embed_tokens.data_ptr() == tied.lm_head.data_ptr()
+    assert (tied.vocab_size, tied.hidden_size) == (10, 4)
+    apart = TargetHead(weight.clone(), weight).to(dtype=torch.bfloat16)
+    assert apart.embed_tokens.data_ptr() != apart.lm_head.data_ptr()

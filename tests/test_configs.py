@@ -1,0 +1,211 @@
+"""Every YAML composes with its command; every `_target_` exists and takes every key that stands beside it."""
+
+import inspect
+import subprocess
+import sys
+import zipfile
+from functools import cache
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from hass_lightning.cli import config_folder, run_name
+
+CONF = Path(config_folder())
+COMMANDS = sorted(path.stem for path in CONF.glob("*.yaml"))
+GROUPED = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.parent != CONF)
+NOT_ALONE = {Path("hydra/default.yaml")}  # a part of every command; `hydra/…` cannot be chosen like a group of ours
+
+
+@cache
+def composed(config_name, *overrides):
+    """A composed config; shared, so not to be changed."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(config_name, overrides=list(overrides))
+
+
+def groups_of(command):
+    """The config groups in a command's own defaults list."""
+    defaults = OmegaConf.load(CONF / f"{command}.yaml").get("defaults", [])
+    names = [next(iter(entry)) for entry in defaults if not isinstance(entry, str)]
+    return {str(name).removeprefix("optional ").removeprefix("override ").strip("/") for name in names}
+
+
+def nodes(content, path=""):
+    """Every node with a `_target_`, and where it stands."""
+    if isinstance(content, dict):
+        if "_target_" in content:
+            yield path, content
+        for key, value in content.items():
+            yield from nodes(value, f"{path}.{key}".lstrip("."))
+    elif isinstance(content, list):
+        for number, value in enumerate(content):
+            yield from nodes(value, f"{path}[{number}]")
+
+
+def check_nodes(config):
+    """Each `_target_` resolves, takes its keys, and has what it needs."""
+    found = list(nodes(OmegaConf.to_container(config, resolve=False)))
+    for path, node in found:
+        target = hydra.utils.get_object(node["_target_"])
+        parameters = inspect.signature(target).parameters
+        keys = {key for key in node if not (key.startswith("_") and key.endswith("_"))}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            assert keys <= set(parameters), f"{path}: {node['_target_']} does not take {keys - set(parameters)}"
+        if not node.get("_partial_"):
+            needed = {
+                name
+                for name, p in parameters.items()
+                if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            }
+            assert needed <= keys, f"{path}: {node['_target_']} also needs {needed - keys}"
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_composes_without_any_override(command):
+    check_nodes(composed(command))
+
+
+@pytest.mark.parametrize("path", GROUPED, ids=str)
+def test_every_config_composes_with_every_command_that_has_its_group(path):
+    if path in NOT_ALONE:
+        return
+    group, name = str(path.parent), path.stem
+    top = group.split("/")[0]
+    takers = [command for command in COMMANDS if top in groups_of(command)]
+    if len(takers) > 1 and name not in ("tiny", "smoke"):  # a group that fits once fits
+        takers = ["train"]
+    for command in takers:
+        if path == Path("callbacks/early_stopping.yaml"):
+            config = composed(command, "+callbacks@callbacks.early_stopping=early_stopping")
+            assert config.callbacks.early_stopping._target_.endswith("EarlyStopping")
+            assert config.callbacks.last_checkpoint is not None
+        else:
+            config = composed(command, f"{group}={name}")
+        check_nodes(config)
+    if not takers:  # chosen by name, as hass-benchmark does with `benchmarks=[…]`
+        config = composed(f"{group}/{name}")
+        assert check_nodes(config), f"{path} belongs to no command and builds nothing"
+
+
+def test_the_walk_sees_a_wrong_target_a_wrong_key_and_a_missing_one():
+    good = {"_target_": "hass_lightning.types.Sampling", "temperature": 0}
+    assert len(check_nodes(OmegaConf.create({"a": [good], "b": good}))) == 2
+    with pytest.raises(AssertionError, match="temperatur"):
+        check_nodes(OmegaConf.create({"a": {"_target_": "hass_lightning.types.Sampling", "temperatur": 0}}))
+    with pytest.raises(AssertionError, match="also needs"):
+        check_nodes(OmegaConf.create({"a": {"_target_": "hass_lightning.data.prompts.JsonLines"}}))
+    with pytest.raises(ImportError):
+        check_nodes(OmegaConf.create({"a": {"_target_": "hass_lightning.types.Nothing"}}))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "terms", "depth"),
+    [
+        ("eagle", {"feature", "soft_ce"}, 1),
+        ("had", {"feature", "soft_ce", "top_k"}, 1),
+        ("hca", {"feature", "soft_ce"}, 3),
+        ("hass", {"feature", "soft_ce", "top_k"}, 3),
+    ],
+)
+def test_the_four_corners_differ_in_loss_and_depth_alone(experiment, terms, depth):
+    config = composed("train", f"experiment={experiment}")
+    assert (set(config.model.loss.terms), config.model.alignment.depth) == (terms, depth)
+    base = OmegaConf.to_container(composed("train", "experiment=hass"), resolve=False)
+    other = OmegaConf.to_container(config, resolve=False)
+    for content in (base, other):
+        del content["model"]["loss"]["terms"], content["model"]["alignment"]["depth"]
+    assert base == other
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model/loss=eagle"],
+        ["model.loss.terms.top_k.k=5"],
+        ["~model.loss.terms.top_k"],
+        ["+model.loss.terms.mine={_target_: hass_lightning.losses.TopK, k: 3}"],
+        ["model.draft.vocab_size=64", "model.alignment.depth=1", "model.loss.terms.top_k.weight=0"],
+    ],
+    ids=str,
+)
+def test_the_overrides_that_the_design_promises(overrides):
+    config = composed("train", "experiment=smoke", *overrides)
+    check_nodes(config)
+    loss = hydra.utils.instantiate(config.model.loss)
+    assert set(loss.terms) == set(config.model.loss.terms)
+
+
+@pytest.mark.parametrize("key", ["modle.alignment.depth", "model.alignment.dept", "target.pth", "data.max_lenght"])
+def test_an_unknown_key_is_named(key):
+    with pytest.raises(HydraException, match=key.split(".")[-1]):
+        composed("train", "experiment=smoke", f"{key}=1")
+
+
+def test_the_command_line_wins_over_the_experiment():
+    config = composed("train", "experiment=smoke", "data.batch_size=2", "model.optimizer.lr=1", "trainer=ddp_cpu")
+    assert (config.data.batch_size, config.model.optimizer.lr, config.trainer.devices) == (2, 1, 2)
+
+
+def test_run_names_are_the_same_for_the_same_command_and_differ_for_another():
+    assert run_name("") == "quickstart"
+    assert run_name("experiment=smoke") == "smoke"
+    assert run_name("experiment=smoke,fresh=true") == "smoke"
+    first = run_name("experiment=smoke,seed=1,data.batch_size=2")
+    assert first == run_name("data.batch_size=2,experiment=smoke,seed=1")
+    assert first.startswith("smoke-")
+    others = {run_name(f"experiment=smoke,seed={seed}") for seed in range(20)}
+    assert len(others | {first}) == 21
+    assert run_name("experiment=smoke,name=mine").startswith("mine-")
+
+
+def test_run_names_tell_lists_apart_by_the_order_of_their_items():
+    weights = ["[1,2,3,4]", "[1,3,2,4]", "[4,3,2,1]", "'a,b'", "'b,a'", "{a:[1,2],b:3}", "{a:[2,1],b:3}"]
+    assert len({run_name(f"model.alignment.step_weights={value}") for value in weights}) == len(weights)
+    assert run_name("a=[1,2],b='x, y'") == run_name("b='x, y',a=[1,2]")
+
+
+def test_a_user_finds_own_configs_through_the_search_path(call_command, tmp_path):
+    own = tmp_path / "own" / "experiment"
+    own.mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - smoke\n\ndata:\n  batch_size: 3\n"
+    (own / "mine.yaml").write_text(text)
+    done = call_command("train", "--cfg", "job", f"hydra.searchpath=[file://{tmp_path}/own]", "experiment=mine")
+    assert done.code == 0, done.err
+    config = OmegaConf.create(done.out)
+    assert (config.data.batch_size, config.target.name) == (3, "tiny")
+
+
+@pytest.mark.slow
+def test_a_wheel_works_from_another_folder(tmp_path):
+    root = CONF.parent
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    subprocess.run([*pip, "wheel", ".", "--no-deps", "-w", tmp_path], cwd=root, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"hass_lightning/conf/{path.relative_to(CONF)}" for path in CONF.rglob("*.yaml")} <= names
+    assert any(name.startswith("hydra_plugins/") for name in names)
+    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+    subprocess.run([*pip, "install", "--no-deps", "--target", installed, wheel], check=True)
+    elsewhere.mkdir()
+    code = "import sys; sys.path[:0] = [sys.argv.pop(1)]; import hass_lightning.train as t; print(t.__file__); t.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, installed, "--cfg", "job", "experiment=smoke"],
+        cwd=elsewhere, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, _, rest = done.stdout.partition("\n")
+    assert first.startswith(str(installed))
+    assert OmegaConf.create(rest).target.name == "tiny"
+
+
+@pytest.fixture(autouse=True)
+def no_hydra_left():
+    yield
+    GlobalHydra.instance().clear()

@@ -1,0 +1,168 @@
+"""A resumed run equals the uninterrupted one to the last bit, wherever it was stopped."""
+
+import os
+import shutil
+import signal
+
+import lightning.pytorch as L
+import pytest
+import torch
+from training_toys import make_data, make_module, make_small_trainer
+
+from hass_lightning.training.callbacks import SaveBestDraft
+from hass_lightning.training.last_checkpoint import LastCheckpoint, find_last_checkpoint
+
+NUM_STEPS = 12
+
+
+def state(trainer, module):
+    """Everything that decides how training goes on, and the last validation."""
+    optimizer = trainer.optimizers[0].state_dict()
+    flat = {f"model.{name}": value for name, value in module.state_dict().items()}
+    for number, values in optimizer["state"].items():
+        flat |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
+    flat["lr"] = torch.tensor([group["lr"] for group in optimizer["param_groups"]])
+    flat["step"] = torch.tensor(trainer.global_step)
+    metrics = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+    return flat | metrics
+
+
+class KeepsAll(LastCheckpoint):
+    """A copy of each last.ckpt, as a kill at that moment would leave it."""
+
+    def _save(self, trainer):
+        super()._save(trainer)
+        shutil.copy(self.folder / "last.ckpt", self.folder / f"step{trainer.global_step}.ckpt")
+
+
+def run(tiny, cache, folder, accumulate=1, noise=0.1, checkpoint=None, seed=0):
+    data = make_data(tiny, cache, noise=noise, batch_size=2)
+    every = KeepsAll(folder / "checkpoints", every_n_train_steps=1)
+    best = SaveBestDraft(str(folder / "draft"))
+    trainer = make_small_trainer(
+        data, folder, [best, every], max_steps=NUM_STEPS, max_epochs=None, val_check_interval=5 * accumulate,
+        accumulate_grad_batches=accumulate,
+    )  # fmt: skip
+    module = make_module(tiny, seed=seed)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
+    return state(trainer, module) | {"best": torch.tensor(best.best)}
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["", "accumulated"])
+def whole(request, tiny, tmp_path_factory):
+    """The uninterrupted run: (accumulate, cache, folder with a checkpoint a step, final state)."""
+    cache, folder = tmp_path_factory.mktemp("features"), tmp_path_factory.mktemp("whole")
+    return request.param, cache, folder, run(tiny, cache, folder, request.param)
+
+
+# 4 and 6 lie in the middle, 5 and 10 where validation runs, an epoch of 10 batches ends at step 10 (or inside a step)
+@pytest.mark.parametrize("step", [4, 5, 11, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 6, 10))])
+def test_resumed_is_uninterrupted_to_the_last_bit(whole, tiny, tmp_path, step):
+    accumulate, cache, folder, expected = whole
+    checkpoint = str(folder / "checkpoints" / f"step{step}.ckpt")
+    resumed = run(tiny, cache, tmp_path, accumulate, checkpoint=checkpoint, seed=5)
+    if step >= 10:  # no validation is left to run: it was before the checkpoint
+        expected = {name: value for name, value in expected.items() if not name.startswith("val/")}
+    assert set(resumed) == set(expected)
+    different = [name for name in expected if not torch.equal(resumed[name], expected[name])]
+    assert not different
+
+
+def test_the_comparison_can_fail(whole, tiny, tmp_path):
+    accumulate, cache, _, expected = whole
+    other = run(tiny, cache, tmp_path, accumulate, seed=5)
+    assert any(not torch.equal(other[name], expected[name]) for name in expected if name.startswith("model."))
+
+
+def test_the_frozen_target_is_in_no_checkpoint(whole, tiny):
+    _, _, folder, _ = whole
+    content = torch.load(folder / "checkpoints" / "step4.ckpt", weights_only=True)  # plain containers only
+    sizes = {tuple(value.shape) for value in content["state_dict"].values()}
+    assert tuple(tiny.head.lm_head.shape) not in sizes
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    return tmp_path_factory.mktemp("features")
+
+
+class Stops(L.Callback):
+    """Something happens at a step: at the end of its batch, or in its validation."""
+
+    def __init__(self, action, at=4, in_validation=False):
+        self.action, self.at, self.in_validation = action, at, in_validation
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not self.in_validation and trainer.global_step == self.at:
+            self.action()
+
+    def on_validation_start(self, trainer, pl_module):
+        if self.in_validation and trainer.global_step == self.at:
+            self.action()
+
+
+def stopped(tiny, cache, folder, *callbacks, every=2, accumulate=1):
+    data = make_data(tiny, cache, batch_size=2)
+    trainer = make_small_trainer(
+        data, folder, [*callbacks, LastCheckpoint(folder / "checkpoints", every)], max_steps=NUM_STEPS, max_epochs=None,
+        val_check_interval=5 * accumulate, accumulate_grad_batches=accumulate,
+    )  # fmt: skip
+    trainer.fit(make_module(tiny), datamodule=data)
+
+
+def saved_step(folder):
+    return torch.load(find_last_checkpoint(folder / "checkpoints"), weights_only=False)["global_step"]
+
+
+class KilledError(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def kill():
+    raise KilledError
+
+
+@pytest.mark.parametrize(("at", "in_validation", "step"), [(4, False, 4), (5, False, 5), (10, True, 8), (5, True, 4)])
+def test_a_kill_leaves_the_checkpoint_before_it(tiny, features, tmp_path, at, in_validation, step):
+    """The step of a validation is saved after it: killed inside, the run validates again."""
+    with pytest.raises(KilledError):
+        stopped(tiny, features, tmp_path, Stops(kill, at, in_validation))
+    assert saved_step(tmp_path) == step
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "at", "in_validation", "step"), [(1, 7, False, 8), (3, 7, False, 8), (3, 5, True, 5)]
+)
+def test_ctrl_c_leaves_a_checkpoint_of_the_very_step(tiny, features, tmp_path, at, in_validation, step, accumulate):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        stopped(tiny, features, tmp_path, Stops(interrupt, at, in_validation), every=100, accumulate=accumulate)
+    assert saved_step(tmp_path) == step
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it from here on
+
+
+def test_sigint_is_given_back_after_a_run(tiny, features, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    stopped(tiny, features, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert saved_step(tmp_path) == NUM_STEPS - NUM_STEPS % 2
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last.ckpt"]
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(tiny, features, tmp_path, monkeypatch):
+    original = L.Trainer.save_checkpoint
+
+    def half(self, path, *rest, **options):
+        if self.global_step == 6:
+            path.write_bytes(b"half")
+            raise KilledError
+        original(self, path, *rest, **options)
+
+    monkeypatch.setattr(L.Trainer, "save_checkpoint", half)
+    with pytest.raises(KilledError):
+        stopped(tiny, features, tmp_path)
+    assert saved_step(tmp_path) == 5

@@ -1,0 +1,104 @@
+"""Simulated acceptance equals a slow loop that drafts every chain by itself."""
+
+import pytest
+import torch
+from training_toys import make_module
+
+from hass_lightning.measure.simulate import simulated_hits
+
+
+def slow_counts(draft, head, vocabulary, input_ids, features, loss_mask, depth):
+    """Chain by chain, drafting as decoding does: true features up to the start, then the head's own."""
+    counts = {"starts": 0} | {f"{n}{j}": 0 for n in ("hits", "survived") for j in range(1, depth + 1)}
+    batch, length = input_ids.shape
+    asked = [[bool(loss_mask[b, t]) for t in range(length - 2)] for b in range(batch)]
+    for b in range(batch):
+        for start in range(-depth, length - 2):
+            alive = start >= 0 and asked[b][start]
+            counts["starts"] += alive
+            rows = list(features[b, : max(0, start + 1)])
+            for step in range(1, depth + 1):
+                row = start + step - 1
+                if row >= length - 2:
+                    break
+                if row < 0:
+                    continue
+                if row >= len(rows):  # rows before any prediction hold the first true feature
+                    rows.append(features[b, 0] if row == 0 else estimate)  # noqa: F821
+                embeddings = head.embed(input_ids[b, 1 : row + 2])
+                estimate = draft(embeddings[None], torch.stack(rows[: row + 1])[None])[0, row]
+                token = int(vocabulary.to_token_ids(vocabulary.logits(estimate).argmax(-1)))
+                hit = asked[b][row] and token == int(input_ids[b, row + 2])
+                counts[f"hits{step}"] += hit
+                alive = alive and hit
+                counts[f"survived{step}"] += alive
+    return counts
+
+
+@pytest.fixture
+def batch(tiny):
+    """Answers that the head sometimes guesses: two sequences, two answers in one of them, padding in the other."""
+    torch.manual_seed(1)
+    input_ids = torch.randint(3, 250, (2, 16))
+    loss_mask = torch.zeros(2, 16, dtype=torch.bool)
+    loss_mask[0, 3:8] = loss_mask[0, 10:15] = loss_mask[1, 2:9] = True
+    return input_ids, tiny.encode(input_ids).clone(), loss_mask
+
+
+def guessed(module, input_ids, features, loss_mask, depth):
+    """The batch with some answer tokens replaced by what the head proposes, so that chains of all lengths occur."""
+    input_ids = input_ids.clone()
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        embeddings = module.head.embed(input_ids[:, 1:])
+        with torch.no_grad():
+            estimate = module.draft(embeddings, features[:, :-1])
+        proposed = module.vocabulary.to_token_ids(module.vocabulary.logits(estimate).argmax(-1))
+        chosen = (torch.rand(2, 14, generator=draw) < 0.7) & loss_mask[:, :14]
+        input_ids[:, 2:][chosen] = proposed[:, :14][chosen]
+    return input_ids
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("chunk_rows", [3, 2048])
+def test_counts_equal_the_slow_loop(tiny, batch, depth, pruned, chunk_rows):
+    module = make_module(tiny, token_ids=torch.arange(0, 259, 2) if pruned else None)
+    input_ids, features, loss_mask = batch
+    input_ids = guessed(module, input_ids, features, loss_mask, depth)
+    arguments = (module.draft, module.head, module.vocabulary, input_ids, features, loss_mask, depth)
+    counts = {name: int(value) for name, value in simulated_hits(*arguments, chunk_rows=chunk_rows).items()}
+    with torch.no_grad():
+        assert counts == slow_counts(*arguments)
+    assert counts["starts"] == int(loss_mask[:, :14].sum())
+    assert 0 < counts["survived1"] == counts["hits1"] < counts["starts"]
+
+
+def test_a_head_that_is_always_right_survives_to_the_end_of_the_answer(tiny, batch, monkeypatch):
+    """Every hit planted: a chain from s lives min(depth, rows left), so the end of the answer is what stops it."""
+    input_ids, features, loss_mask = batch
+    loss_mask = torch.zeros_like(loss_mask)
+    loss_mask[0, 4:10] = True
+    module = make_module(tiny)
+
+    class Right:
+        def logits(self, rows):
+            return torch.nn.functional.one_hot(input_ids[0, 6:12], 259).float()[: rows.shape[0]]
+
+        def to_token_ids(self, indices):
+            return indices
+
+    counts = simulated_hits(module.draft, module.head, Right(), input_ids, features, loss_mask, 4)
+    assert {name: int(value) for name, value in counts.items()} == {
+        "starts": 6, "hits1": 6, "hits2": 6, "hits3": 6, "hits4": 6,
+        "survived1": 6, "survived2": 5, "survived3": 4, "survived4": 3,
+    }  # fmt: skip
+
+
+def test_no_answer_is_no_chain(tiny, batch):
+    input_ids, features, loss_mask = batch
+    module = make_module(tiny)
+    counts = simulated_hits(
+        module.draft, module.head, module.vocabulary, input_ids, features, torch.zeros_like(loss_mask), 3
+    )
+    assert not any(int(value) for value in counts.values())
