@@ -55,7 +55,7 @@ def main(config: DictConfig) -> dict[str, Any]:
     for label, draft in saved.items():
         check_fit(label, draft, target)
     models = decoding_models(saved, target)
-    fp32 = decoding_models(saved, target.in_dtype(torch.float32)) if config.num_checked else None
+    fp32 = decoding_models(saved, target.in_fp32()) if config.num_checked else None
     records: list[Record] = []
     questions: dict[str, str] = {}
     tuned: Tuned | None = None

@@ -58,7 +58,18 @@ def run_name(overrides: str) -> str:
     return f"{stem}-{hashlib.sha256(rest.encode()).hexdigest()[:8]}"
 
 
+def by_machine(fast: Any, slow: Any) -> Any:
+    """`fast` on a machine that multiplies bf16 fast (a GPU, AMX, AVX-512 BF16), else `slow`: for sizes alone."""
+    import torch
+
+    from hass_lightning.target.model import working_dtype
+
+    dtype = working_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    return slow if dtype == torch.float32 else fast
+
+
 OmegaConf.register_new_resolver("hass.run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("hass.by_machine", by_machine, replace=True)
 
 
 def write_result(**values: Any) -> None:

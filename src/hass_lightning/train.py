@@ -117,8 +117,6 @@ def fit(
         rows = least_squares_start(draft, target.head, (store.read(index) for index in range(len(store))))
         log.info("fc starts as the least-squares map of %d rows", rows)
     started = time.perf_counter()
-    if last:
-        log.info("resuming from %s", last)
     # batch n is a function of (seed, n), see data/datamodule.py: there is no loader state to resume
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     try:

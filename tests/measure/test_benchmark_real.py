@@ -74,7 +74,7 @@ def test_all_decoders_are_measured_and_lossless(models, tmp_path):
             assert greedy["num_identical"] == greedy["num_compared"] == greedy["num_prompts"] == 2
             assert greedy["num_fp32_identical"] == greedy["num_checked"] == 1
     assert rows["autoregressive", 0.0]["acceptance_length"] == 1
-    assert rows["autoregressive", 0.0]["speedup"] == 1
+    assert rows["autoregressive", 0.0]["speedup"] == pytest.approx(1, rel=1e-12)  # a quotient of products of times
     # the small model is the target itself: every draft token is accepted, greedy or sampled
     assert rows["draft_model", 0.0]["acceptance_length"] == rows["draft_model", 1.0]["acceptance_length"] == 4
 

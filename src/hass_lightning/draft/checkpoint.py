@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from hass_lightning.draft.eagle import EagleDraft
+from hass_lightning.target.linear import use_few_row_linears
 
 OURS = "hass_lightning"  # the key of config.json that holds what engines do not read
 
@@ -30,7 +31,9 @@ class SavedDraft:
 
     def for_decoding(self, dtype: torch.dtype, device: torch.device | str) -> EagleDraft:
         """A copy of the head in the target's dtype, on its device."""
-        return deepcopy(self.draft).to(device=device, dtype=dtype).eval().requires_grad_(False)
+        copy = deepcopy(self.draft).to(device=device, dtype=dtype).eval().requires_grad_(False)
+        use_few_row_linears(copy)
+        return copy
 
 
 def save_draft(folder: str | Path, draft: EagleDraft, token_ids: Tensor | None, notes: dict[str, Any]) -> Path:

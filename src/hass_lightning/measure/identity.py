@@ -46,7 +46,7 @@ class Auditor:
         if position is not None:
             record.difference = self._difference(cell, record, answer, prompt, position)
         if in_fp32:
-            record.fp32_identical = self._fp32(cell, prompt) == self._known_answer(prompt)
+            record.fp32_identical = self._identical_in_fp32(cell, record, prompt)
             if not record.fp32_identical:
                 log.error(
                     "%s of draft %r is not lossless: its fp32 answer to %s, turn %d, is not the autoregressive one",
@@ -66,17 +66,23 @@ class Auditor:
             "baseline_gap": _at(self._known["gaps"], position),
         }
 
-    def _fp32(self, cell: Cell, prompt: list[int]) -> list[int]:
+    def _identical_in_fp32(self, cell: Cell, record: Record, prompt: list[int]) -> bool | None:
+        models = self._fp32_models(cell)
+        if models.target is cell.models.target:  # the timed answers were in fp32 already
+            return record.identical
+        if "fp32" not in self._known:
+            self._known["fp32"] = self._fp32(self.baseline, prompt)
+        return self._fp32(cell, prompt) == self._known["fp32"]
+
+    def _fp32_models(self, cell: Cell) -> DecodingModels:
         assert self.fp32_models is not None
         label = cell.draft or next(iter(self.fp32_models))
         if label not in self.fp32_models:
             raise ValueError(f"fp32_models lacks the draft {label!r}: give the same labels as in models.")
-        return replace(cell, models=self.fp32_models[label]).decode(prompt, self.max_new_tokens).token_ids
+        return self.fp32_models[label]
 
-    def _known_answer(self, prompt: list[int]) -> list[int]:
-        if "fp32" not in self._known:
-            self._known["fp32"] = self._fp32(self.baseline, prompt)
-        return self._known["fp32"]
+    def _fp32(self, cell: Cell, prompt: list[int]) -> list[int]:
+        return replace(cell, models=self._fp32_models(cell)).decode(prompt, self.max_new_tokens).token_ids
 
 
 def _at(values: list, position: int):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hass_lightning.target.linear import linear
+
 
 class DraftVocabulary:
     """The rows of the target's LM head that the draft head proposes from: all of them, or the kept ones.
@@ -36,7 +38,7 @@ class DraftVocabulary:
     def logits(self, features: Tensor) -> Tensor:
         """Features [..., D] to logits [..., Vd] in the features' dtype."""
         weight = self.weight.to(features.dtype)
-        return F.linear(features, weight, None if self.bias is None else self.bias.to(features.dtype))
+        return linear(features, weight, None if self.bias is None else self.bias.to(features.dtype))
 
     def to_token_ids(self, indices: Tensor) -> Tensor:
         """Draft indices to the target's token ids (same shape)."""
@@ -71,7 +73,7 @@ class TargetHead:
 
     def logits(self, features: Tensor) -> Tensor:
         """Features [..., D] (after the final norm) to the target's logits [..., V]."""
-        return F.linear(features, self.lm_head, self.lm_head_bias)
+        return linear(features, self.lm_head, self.lm_head_bias)
 
     def draft_vocabulary(self, token_ids: Tensor | None = None) -> DraftVocabulary:
         """The LM head's rows `token_ids` (None: all) for the draft head to propose from."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hass_lightning.target.cache import KVCache
 from hass_lightning.target.head import TargetHead
+from hass_lightning.target.linear import use_few_row_linears
 from hass_lightning.target.source import hub_folder, sha256_file
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class TargetModel:
     """
 
     def __init__(self, model, tokenizer, name: str, folder: Path):
+        use_few_row_linears(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -180,7 +182,11 @@ class TargetModel:
         return output.last_hidden_state
 
     def in_dtype(self, dtype: torch.dtype) -> TargetModel:
-        """A second copy of this target in another dtype (fp32 for the identity checks)."""
+        """A second copy of this target in another dtype."""
         from copy import deepcopy
 
         return TargetModel(deepcopy(self.model).to(dtype), self.tokenizer, self.name, self.folder)
+
+    def in_fp32(self) -> TargetModel:
+        """This target in fp32, where identity is checked: itself, or a second copy."""
+        return self if self.dtype == torch.float32 else self.in_dtype(torch.float32)

@@ -152,7 +152,7 @@ class DecodingBenchmark(L.Callback):
 
         fp32 = None
         if check and self.num_checked:
-            fp32 = {"draft": models(torch.float32, target.in_dtype(torch.float32))}
+            fp32 = {"draft": models(torch.float32, target.in_fp32())}
         records = run_benchmark(
             {"draft": models(target.dtype, target)},
             {BASELINE: Autoregressive(), self.decoder.name: self.decoder},
