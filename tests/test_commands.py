@@ -124,6 +124,21 @@ def test_hass_benchmark_measures_a_run_again(smoke, corpus, call_command):
     assert last_json(again.out) == result
 
 
+@pytest.mark.slow
+def test_tuning_writes_a_tree_and_measures_it_on_other_prompts(smoke, corpus, call_command):
+    arguments = ("target=tiny", "data=smoke", "data.num_validation=8", f"draft={smoke.run}", "limit=8", corpus)
+    done = call_command("benchmark", *arguments, "max_new_tokens=24", "num_checked=0", "tune=true")
+    assert done.code == 0, done.err
+    result = last_json(done.out)
+    rows = {row["decoder"]: row for row in result["rows"]}
+    assert {"autoregressive", "tuned_tree", "eagle2_tree"} <= set(rows)
+    assert rows["tuned_tree"]["num_prompts"] == 6  # two of the eight were tuned on
+    predicted = {(each["num_nodes"], each["depth"], each["width"]) for each in result["cost_model"]}
+    assert {tuple(result["tuned"].values()), (60, 6, 10)} <= predicted
+    written = (Path(result["run_dir"]) / "tuned_tree.yaml").read_text()
+    assert f"num_nodes: {result['tuned']['num_nodes']}\n" in written
+
+
 @pytest.fixture
 def corpus(smoke):
     """The override that takes the corpus which the smoke run wrote."""

@@ -219,7 +219,7 @@ def predict(cost: CostModel, recorded: Sequence[RecordedTrees], trees: Iterable[
 
 
 def tree_grid(
-    depth: int = 6, width: int = 8, sizes: Sequence[int] = (2, 3, 4, 6, 8, 10, 12, 16, 20, 26, 32, 40, 50, 60)
+    depth: int = 6, width: int = 10, sizes: Sequence[int] = (2, 3, 4, 6, 8, 10, 12, 16, 20, 26, 32, 40, 50, 60)
 ) -> list[Tree]:
     """Trees up to this depth and width, chains (width 1) among them: what a search looks through."""
     widths = [each for each in (1, 2, 3, 4, 6, 8, 10) if each <= width]
@@ -239,7 +239,7 @@ def tune(
     max_new_tokens: int = 64,
     timed_prompts: int = 4,
     depth: int = 6,
-    width: int = 8,
+    width: int = 10,
     seed: int = 0,
 ) -> tuple[CostModel, list[RecordedTrees], list[Prediction]]:
     """The trees up to this depth and width, the one that pays most first: a few timed calls, then a replay.
@@ -247,6 +247,7 @@ def tune(
     A recommendation is chosen for being good on these prompts: measure it on others before claiming its speed.
 
     Args:
+        depth, width: of the largest tree that is recorded; EAGLE-2's (6, 10), so that it can be predicted, too.
         prompts: token ids; `timed_prompts` of them are timed with each of `TIMED_TREES`, all are recorded.
 
     Raises:
