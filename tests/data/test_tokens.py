@@ -138,3 +138,14 @@ def test_a_prompt_ends_where_the_answer_begins(tokenizer, tiny):
     tokens = encode_conversation(tokenizer, case, 1000, tiny.eos_token_ids)
     assert tokens.input_ids[: len(prompt)].tolist() == prompt
     assert tokenizer.decode(tokens.input_ids[len(prompt) :]).startswith("efg")
+
+
+def test_a_tokenizer_without_a_template_is_refused(tiny):
+    bare = copy.deepcopy(tiny.tokenizer)
+    bare.chat_template = None
+    for call in (
+        lambda: encode_all(bare, [CASES["one turn"]], 100),
+        lambda: encode_prompt(bare, CASES["one turn"].messages[:1]),
+    ):
+        with pytest.raises(ValueError, match="has no chat template"):
+            call()

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -101,6 +102,16 @@ def test_the_tiny_target_is_the_same_everywhere_and_another_by_seed(tiny, monkey
     assert torch.equal(again.head.lm_head, tiny.head.lm_head)
     other = TargetModel.load(tiny_llama(seed=1), "other", dtype="float32")
     assert other.fingerprint != tiny.fingerprint
+
+
+def test_the_tokenizer_of_another_model_is_refused(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.folder, folder)
+    small = deepcopy(tiny.model)
+    small.resize_token_embeddings(100)
+    small.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"tokenizer in .* knows \d+ tokens and the model 100"):
+        TargetModel.load(folder, "mixed", dtype="float32")
 
 
 def changed_config(folder):

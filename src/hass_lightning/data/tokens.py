@@ -22,8 +22,22 @@ def as_dicts(messages: Iterable[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
+def check_template(tokenizer) -> None:
+    """Refuse a tokenizer without a chat template.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template, so it is not known how its answers begin "
+            "and end: take an instruction-tuned target, or put its template into chat_template.jinja of that folder."
+        )
+
+
 def encode_prompt(tokenizer, messages: Iterable[Message]) -> list[int]:
     """Token ids of a conversation up to where the assistant starts to write."""
+    check_template(tokenizer)
     text = tokenizer.apply_chat_template(as_dicts(messages), tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -103,6 +117,7 @@ def encode_all(
     Raises:
         ValueError: none is usable.
     """
+    check_template(tokenizer)
     kept: list[Tokens] = []
     skipped: Counter[str] = Counter()
     num_rows = 0

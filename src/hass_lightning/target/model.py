@@ -101,6 +101,12 @@ class TargetModel:
             )
         except SafetensorError as error:
             raise ValueError(f"the weights in {folder} are damaged ({error}): remove it, or copy it again.") from error
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        if tokenizer.vocab_size > vocab_size:  # without added tokens, such as a padding token that nobody embeds
+            raise ValueError(
+                f"the tokenizer in {folder} knows {tokenizer.vocab_size} tokens and the model {vocab_size}: it is "
+                "another model's. Set target.path to a folder whose tokenizer belongs to its weights."
+            )
         return cls(model.to(device), tokenizer, name, folder)
 
     @property
