@@ -23,7 +23,7 @@ def test_yaml_builds_its_decoder(name):
     decoder = instantiate(config)
     assert decoder.name == name
     if name == "dynamic_tree":  # its size follows the machine
-        assert decoder in (DynamicTree(16, 4, 4), DynamicTree(8, 3, 2))
+        assert decoder in (DynamicTree(16, 4, 4), DynamicTree(8, 3, 3))
     else:
         assert decoder == type(decoder)()
     assert decoder.acceptance == {"autoregressive": "none", "draft_model": "sampled", "chain": "sampled"}.get(
