@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -122,6 +123,16 @@ def test_the_four_corners_differ_in_loss_and_depth_alone(experiment, terms, dept
     for content in (base, other):
         del content["model"]["loss"]["terms"], content["model"]["alignment"]["depth"]
     assert base == other
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"), [(torch.bfloat16, (120_000, 100, 8, 16)), (torch.float32, (40_000, 48, 4, 8))], ids=str
+)
+def test_the_sizes_of_the_quickstart_follow_the_machine(monkeypatch, dtype, sizes):
+    monkeypatch.setattr("hass_lightning.target.model.working_dtype", lambda device: dtype)
+    config = composed.__wrapped__("train")
+    data = config.data
+    assert (data.max_answer_tokens, data.num_validation, data.batch_size, config.decoding.num_nodes) == sizes
 
 
 @pytest.mark.parametrize(
