@@ -107,7 +107,6 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], dict[str, Any]
     def decorate(function: Callable[[DictConfig], dict[str, Any]]) -> Callable[[], None]:
         @functools.wraps(function)
         def run(config: DictConfig) -> float | None:
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             try:
                 result = function(config)
