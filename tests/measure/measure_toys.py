@@ -26,6 +26,8 @@ def make_record(prompt="1", turn=0, accepted=(), drafted=None, nodes=None, secon
 class ToyTokenizer:
     """One token a character; the template marks who speaks."""
 
+    chat_template = "one line a message"
+
     def apply_chat_template(self, messages, tokenize=False, add_generation_prompt=True):
         return "".join(f"{m['role'][0]}:{m['content']}|" for m in messages) + "a:"
 
