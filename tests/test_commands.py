@@ -108,12 +108,14 @@ def test_a_finished_run_prints_its_result_again_without_training(smoke, call_com
 
 def test_hass_benchmark_measures_a_run_again(smoke, corpus, call_command):
     arguments = ("target=tiny", "data=smoke", "data.num_validation=8", f"draft={smoke.run}", "limit=2", corpus)
-    limits = ("max_new_tokens=16", "num_checked=1", "decoders=[autoregressive,dynamic_tree,chain]")
+    decoders = ("decoders=[autoregressive,dynamic_tree,chain,draft_model]", "small_model=tiny")
+    limits = ("max_new_tokens=16", "num_checked=1", *decoders)
     done = call_command("benchmark", *arguments, *limits)
     assert done.code == 0, done.err
     result = last_json(done.out)
     by_decoder = {row["decoder"]: row for row in result["rows"]}
-    assert set(by_decoder) == {"autoregressive", "dynamic_tree", "chain"}
+    assert set(by_decoder) == {"autoregressive", "dynamic_tree", "chain", "draft_model"}
+    assert by_decoder["draft_model"]["acceptance_length"] == 5.0  # the target itself drafts: all four and the bonus
     assert by_decoder["dynamic_tree"]["num_identical"] == 2
     folder = Path(result["run_dir"])
     assert (folder / "report.html").is_file()

@@ -54,8 +54,9 @@ def main(config: DictConfig) -> dict[str, Any]:
     target: TargetModel = instantiate(config.target)
     for label, draft in saved.items():
         check_fit(label, draft, target)
-    models = decoding_models(saved, target)
-    fp32 = decoding_models(saved, target.in_fp32()) if config.num_checked else None
+    small: TargetModel | None = load_node("target", config.small_model) if config.small_model else None
+    models = decoding_models(saved, target, small)
+    fp32 = decoding_models(saved, target.in_fp32(), small and small.in_fp32()) if config.num_checked else None
     records: list[Record] = []
     questions: dict[str, str] = {}
     tuned: Tuned | None = None
@@ -196,15 +197,18 @@ def check_fit(label: str, saved: SavedDraft, target: TargetModel) -> None:
         )
 
 
-def decoding_models(saved: dict[str, SavedDraft], target: TargetModel) -> dict[str, DecodingModels]:
+def decoding_models(
+    saved: dict[str, SavedDraft], target: TargetModel, small: TargetModel | None = None
+) -> dict[str, DecodingModels]:
     """What the decoders take, a label each; without heads one set that has none."""
     if not saved:
-        return {"": DecodingModels(target)}
+        return {"": DecodingModels(target, small=small)}
     return {
         label: DecodingModels(
             target,
             draft.for_decoding(target.dtype, target.device),
             target.head.draft_vocabulary(draft.token_ids),
+            small,
         )
         for label, draft in saved.items()
     }

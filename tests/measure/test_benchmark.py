@@ -1,6 +1,7 @@
 """run_benchmark with stub decoders: what is asked of whom, in which order, and what is written."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -132,6 +133,28 @@ def test_resuming_decodes_only_what_is_missing(tmp_path):
     assert not any(decoder.asked for decoder in chosen.values())  # not even a warm-up
     run(chosen=chosen, records_path=path, samplings=(GREEDY, SAMPLED), max_new_tokens=9)
     assert all(decoder.asked for decoder in chosen.values())  # another limit is another measurement
+
+
+def test_a_tree_of_another_size_is_another_measurement(tmp_path):
+    path, models = tmp_path / "records.jsonl", {"a": toy_models()}
+
+    @dataclass
+    class Tree:
+        num_nodes: int
+        acceptance = "deterministic"
+        name = "dynamic_tree"
+
+        def check(self, models):
+            if models.draft is None:
+                raise ValueError("no head")
+
+        def generate(self, *arguments):
+            return StubDecoder("dynamic_tree").generate(*arguments)
+
+    for nodes, num_lines in ((8, 3), (8, 3), (16, 6)):
+        records = run(models, {"tree": Tree(nodes)}, records_path=path)
+        assert [record.settings for record in records] == [{"num_nodes": nodes}] * 3
+        assert len(read_records(path)) == num_lines
 
 
 def test_a_resumed_second_turn_holds_the_stored_first_answer(tmp_path):

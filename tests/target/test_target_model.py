@@ -104,6 +104,13 @@ def test_the_tiny_target_is_the_same_everywhere_and_another_by_seed(tiny, monkey
     assert other.fingerprint != tiny.fingerprint
 
 
+def test_the_first_layers_are_a_model_of_their_own(tiny):
+    small = TargetModel.load(tiny.folder, "small", dtype="float32", num_layers=1)
+    assert len(small.model.base_model.layers) == 1 == len(small.new_cache(1, 4).keys)
+    assert torch.equal(small.head.lm_head, tiny.head.lm_head)
+    assert small.fingerprint != tiny.fingerprint
+
+
 def test_the_tokenizer_of_another_model_is_refused(tiny, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny.folder, folder)

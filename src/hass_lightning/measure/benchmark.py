@@ -204,6 +204,7 @@ class _Run:
             top_k=cell.sampling.top_k,
             max_new_tokens=self.max_new_tokens,
             category=prompt.category,
+            settings=cell.settings,
             rule=cell.rule,
             target=self.target_name,
             num_prompt_tokens=num_prompt_tokens,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -33,6 +35,11 @@ class Cell:
     def rule(self) -> str:
         """The acceptance rule in force."""
         return self.decoder.acceptance if self.sampling.temperature > 0 else "greedy"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The decoder's fields as JSON has them, so that a record read back equals one just made."""
+        return json.loads(json.dumps(asdict(self.decoder))) if is_dataclass(self.decoder) else {}
 
     def decode(self, prompt: list[int], max_new_tokens: int, seed: int = 0) -> DecodeResult:
         """One answer; seconds that the decoder attributes to no phase count as bookkeeping."""

@@ -38,6 +38,7 @@ class Record:
     top_k: int | None = None
     max_new_tokens: int = 0
     category: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)  # of the decoder: the size of its tree, …
     rule: str = ""  # how drafted tokens are accepted (field.md §3.5: a number at T > 0 means nothing without it)
     target: str = ""  # name and dtype
     num_prompt_tokens: int = 0
@@ -65,7 +66,8 @@ class Record:
     @property
     def key(self) -> tuple:
         """What a resumed run recognises a finished line by."""
-        name = (self.target, self.benchmark, self.prompt_id, self.turn, self.draft, self.decoder, self.rule)
+        decoder = (self.draft, self.decoder, json.dumps(self.settings, sort_keys=True), self.rule)
+        name = (self.target, self.benchmark, self.prompt_id, self.turn, *decoder)
         return (*name, self.temperature, self.top_p, self.top_k, self.max_new_tokens)
 
     @property

@@ -71,6 +71,7 @@ class TargetModel:
         attn_implementation: str = "sdpa",
         device: str = "cpu",
         trust_remote_code: bool = False,
+        num_layers: int | None = None,
     ) -> TargetModel:
         """Read a target from a folder or a hub id.
 
@@ -78,6 +79,7 @@ class TargetModel:
             path: a model folder or a hub id (`owner/name`). revision: of the hub id.
             dtype: `auto` (bf16 where it is fast), `float32`, `bfloat16`, `float16`.
             attn_implementation: of transformers. `eager` misreads boolean tree masks: refused.
+            num_layers: keep the first layers alone (a small model for `DraftModel` where no trained one exists).
 
         Raises:
             ValueError: the model cannot be found or read; the message names the cure.
@@ -89,7 +91,8 @@ class TargetModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = hub_folder(str(path), revision)
-        code = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        code: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        fewer = {} if num_layers is None else {"num_hidden_layers": num_layers}
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **code)
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -98,6 +101,7 @@ class TargetModel:
                 attn_implementation=attn_implementation,
                 use_safetensors=True,
                 **code,
+                **fewer,
             )
         except SafetensorError as error:
             raise ValueError(f"the weights in {folder} are damaged ({error}): remove it, or copy it again.") from error
@@ -153,6 +157,8 @@ class TargetModel:
             else:
                 content = sha256_file(file)
             digest.update(f"{file.name}:{content}\n".encode())
+            if file.name == "config.json" and self.config.num_hidden_layers != config["num_hidden_layers"]:
+                digest.update(f"first {self.config.num_hidden_layers} layers\n".encode())
         return digest.hexdigest()
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
