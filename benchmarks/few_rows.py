@@ -21,13 +21,13 @@ from rich.table import Table
 from hass_lightning.cli import config_folder
 from hass_lightning.target import TargetModel, linear
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 60)
 PROMPT = 200
 
 
-def seconds(target: TargetModel, cache, num_tokens: int, widths: tuple[int, ...]) -> float:
-    """One forward of `num_tokens` on top of the prompt, with the LM head; `widths` () is the library's kernel alone."""
-    linear.FAST_WIDTHS = widths or (0,)
+def seconds(target: TargetModel, cache, num_tokens: int, most_rows: int) -> float:
+    """One forward of `num_tokens` on top of the prompt, with the LM head; `most_rows` 0 is the library's kernel alone."""
+    linear.MOST_ROWS = most_rows
     token_ids = torch.randint(0, 40_000, (1, num_tokens))
     mask = torch.ones(1, 1, num_tokens, PROMPT + num_tokens, dtype=torch.bool)
     mask[..., PROMPT:] = torch.ones(num_tokens, num_tokens).tril().bool()
@@ -50,13 +50,13 @@ def main() -> None:
     cache = target.new_cache(1, PROMPT + max(SIZES))
     target.forward(torch.arange(100, 100 + PROMPT)[None], cache)
     cache.advance(PROMPT)
-    fast = linear.FAST_WIDTHS
+    most_rows = linear.MOST_ROWS
     times: dict[tuple[int, bool], list[float]] = {(size, ours): [] for size in SIZES for ours in (False, True)}
     for number in range(arguments.repeats + 1):
         order = list(times)
         random.Random(number).shuffle(order)
         for size, ours in order:
-            spent = seconds(target, cache, size, fast if ours else ())
+            spent = seconds(target, cache, size, most_rows if ours else 0)
             if number > 0:  # the first round warms up
                 times[size, ours].append(spent)
     milliseconds = {key: 1000 * median(values) for key, values in times.items()}

@@ -118,11 +118,13 @@ def test_hass_benchmark_measures_a_run_again(smoke, corpus, call_command):
     assert by_decoder["draft_model"]["acceptance_length"] == 5.0  # the target itself drafts: all four and the bonus
     assert by_decoder["dynamic_tree"]["num_identical"] == 2
     folder = Path(result["run_dir"])
-    assert (folder / "report.html").is_file()
+    assert "Predicted against measured speedup" in (folder / "report.html").read_text()
+    costs = (folder / "cost_model.json").read_bytes()
     # started again it measures nothing: the records are those of before
     records = (folder / "records.jsonl").read_bytes()
     again = call_command("benchmark", *arguments, *limits)
     assert (folder / "records.jsonl").read_bytes() == records
+    assert (folder / "cost_model.json").read_bytes() == costs
     assert last_json(again.out) == result
 
 

@@ -26,6 +26,7 @@ from hass_lightning.decoding import Autoregressive, Decoder, DecodingModels, Dyn
 from hass_lightning.draft import SavedDraft, load_draft
 from hass_lightning.measure.benchmark import run_benchmark, summarize
 from hass_lightning.measure.cost_model import compare_with_measured, tune
+from hass_lightning.measure.predicted import TIMED_PROMPTS, predicted_rows
 from hass_lightning.measure.trace import BASELINE, Record
 from hass_lightning.measure.verdicts import compare_benchmarks
 from hass_lightning.provenance import write_provenance
@@ -60,12 +61,14 @@ def main(config: DictConfig) -> dict[str, Any]:
     records: list[Record] = []
     questions: dict[str, str] = {}
     tuned: Tuned | None = None
+    timed: list[list[int]] = []
     for name in config.benchmarks:
         prompts = load_prompts(name, config, target)
         if config.tune:
             prompts, tuned = tune_tree(models, prompts, config.max_new_tokens, output_dir, tuned)
             decoders = tuned.decoders
         questions |= {prompt.id: prompt.question for prompt in prompts}
+        timed = timed or [encode_prompt(target.tokenizer, prompt.messages[:1]) for prompt in prompts[:TIMED_PROMPTS]]
         records += run_benchmark(
             models,
             decoders,
@@ -79,7 +82,11 @@ def main(config: DictConfig) -> dict[str, Any]:
             fp32_models=fp32,
         )
     rows = summarize(records)
-    cost_rows = tuned.cost_rows(rows) if tuned else None
+    if tuned:
+        cost_rows = tuned.cost_rows(rows)
+    else:
+        costs = output_dir / "cost_model.json"
+        cost_rows = predicted_rows(next(iter(models.values())), decoders, timed, records, costs)
     benchmark_report(output_dir, rows, records, target.tokenizer, cost_rows, prompts=questions)
     result: dict[str, Any] = {
         "rows": [{key: row.get(key) for key in ROW_KEYS} for row in rows],

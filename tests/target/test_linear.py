@@ -1,5 +1,6 @@
 """The kernel for few rows gives what nn.Linear gives, and only where it is meant to be used."""
 
+import gc
 from copy import deepcopy
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hass_lightning.target import linear as module
-from hass_lightning.target.linear import FewRowLinear, few_row_width, linear, use_few_row_linears
+from hass_lightning.target.linear import FewRowLinear, linear, takes_few_rows, use_few_row_linears
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def without_avx512(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 5), (2, 5), (1, 3, 5), (2, 4, 5), (7, 5), (16, 5), (17, 5), (0, 5), (5,)], ids=str
+    "shape", [(1, 5), (2, 5), (1, 3, 5), (2, 4, 5), (7, 5), (64, 5), (65, 5), (0, 5), (5,)], ids=str
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_it_is_the_ordinary_product(without_avx512, shape, bias):
@@ -26,22 +27,41 @@ def test_it_is_the_ordinary_product(without_avx512, shape, bias):
     found = linear(x, weight, b)
     torch.testing.assert_close(found, F.linear(x, weight, b), atol=1e-6, rtol=1e-5)
     assert found.is_contiguous()
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(x, weight.clone(), b), found, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, None), (2, 2), (3, 4), (5, 6), (7, 8), (9, 16), (16, 16), (17, None)])
-def test_rows_are_padded_to_a_fast_width(without_avx512, rows, width):
-    assert few_row_width(torch.zeros(rows, 3), torch.zeros(4, 3)) == width
+def test_rows_that_are_a_slice_of_more(without_avx512):
+    x, weight = torch.randn(6, 10), torch.randn(9, 5)
+    torch.testing.assert_close(linear(x[::2, ::2], weight), F.linear(x[::2, ::2], weight), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "few"), [(0, False), (1, True), (64, True), (65, False)])
+def test_many_rows_take_the_library_kernel(without_avx512, rows, few):
+    assert takes_few_rows(torch.zeros(rows, 3), torch.zeros(4, 3)) == few
 
 
 def test_other_dtypes_training_and_avx512_take_the_library_kernel(without_avx512, monkeypatch):
     x, weight = torch.zeros(4, 3), torch.zeros(4, 3)
-    assert few_row_width(x.bfloat16(), weight.bfloat16()) is None
-    assert few_row_width(x.double(), weight.double()) is None
-    assert few_row_width(x, weight.clone().requires_grad_()) is None
+    assert not takes_few_rows(x.bfloat16(), weight.bfloat16())
+    assert not takes_few_rows(x.double(), weight.double())
+    assert not takes_few_rows(x, weight.clone().requires_grad_())
     with torch.no_grad():
-        assert few_row_width(x, weight.clone().requires_grad_()) == 4
+        assert takes_few_rows(x, weight.clone().requires_grad_())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert few_row_width(x, weight) is None
+    assert not takes_few_rows(x, weight)
+
+
+def test_a_weight_that_changes_is_packed_anew_and_one_that_is_gone_is_forgotten(without_avx512):
+    x, weight = torch.randn(2, 5), torch.randn(9, 5)
+    linear(x, weight)
+    weight.mul_(2)  # an optimizer step, a loaded checkpoint
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight), atol=1e-6, rtol=1e-5)
+    assert weight in module._packed
+    count = len(module._packed)
+    del weight
+    gc.collect()
+    assert len(module._packed) == count - 1
 
 
 def test_layers_are_turned_in_place_and_nothing_of_them_is_copied(monkeypatch):

@@ -1,7 +1,9 @@
 """Linear layers for the few rows of a decoding step, where a CPU's usual kernel is slow.
 
-On CPUs without AVX-512, MKL multiplies 2 … 16 rows in fp32 at a fraction of the memory's speed: there `W xᵀ` instead of
-`x Wᵀ` takes about half the time (benchmarks/few_rows.md). Everything that decodes goes through here.
+On CPUs without AVX-512, MKL multiplies 2 … 64 rows in fp32 at a fraction of the memory's speed, for it re-packs the
+whole weight at every call. oneDNN keeps a packed copy (as torch's inductor does when it freezes a model): a forward of 8
+tokens costs 1.4 forwards of one instead of 2.4 (benchmarks/few_rows.md), for twice the memory of the weights. Everything
+that decodes goes through here, the autoregressive baseline too.
 Shapes: R rows, I inputs, O outputs.
 """
 
@@ -10,31 +12,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
-FAST_WIDTHS = (2, 4, 6, 8, 16)  # numbers of columns that the kernel is fast at
+MOST_ROWS = 64
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> (its version, oneDNN's copy)
 
 
-def few_row_width(x: Tensor, weight: Tensor) -> int | None:
-    """Columns to compute `W xᵀ` with, the rows of `x` padded to them; None where `F.linear` is the better way."""
+def takes_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether the packed copy is the better way: fp32 on a CPU without AVX-512, few rows, no gradient."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return None
+        return False
     num_rows = x.numel() // max(1, x.shape[-1])
-    if not 1 < num_rows <= FAST_WIDTHS[-1] or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-        return None
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "DEFAULT"):
-        return None
-    return next(width for width in FAST_WIDTHS if width >= num_rows)
+    if not 0 < num_rows <= MOST_ROWS or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        return False
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT") and torch.backends.mkldnn.is_available()
+
+
+def _packed_copy(weight: Tensor) -> Tensor:
+    version = 0 if weight.is_inference() else weight._version
+    known = _packed.get(weight)
+    if known is None or known[0] != version:  # new, or written to since
+        known = _packed[weight] = (version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8))
+    return known[1]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x Wᵀ + b`: [..., I] and [O, I] to [..., O], as `F.linear` up to rounding."""
-    width = few_row_width(x, weight)
-    if width is None:
+    if not takes_few_rows(x, weight):
         return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    padded = rows if rows.shape[0] == width else F.pad(rows, (0, 0, 0, width - rows.shape[0]))
-    product = (weight @ padded.T)[:, : rows.shape[0]].T.contiguous()
-    return (product if bias is None else product + bias).view(*x.shape[:-1], -1)
+    return torch.ops.mkldnn._linear_pointwise(x, _packed_copy(weight), bias, "none", [], "")
 
 
 class FewRowLinear(nn.Linear):
