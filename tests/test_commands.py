@@ -106,15 +106,19 @@ def test_a_finished_run_prints_its_result_again_without_training(smoke, call_com
     assert before == after
 
 
-def test_hass_benchmark_measures_a_run_again(smoke, corpus, call_command):
+def test_hass_benchmark_measures_a_run_again(smoke, corpus, call_command, tmp_path):
+    own = tmp_path / "conf" / "decoding" / "mine.yaml"  # a decoder of the user's own, on the search path
+    own.parent.mkdir(parents=True)
+    own.write_text("_target_: hass_lightning.decoding.Chain\ndepth: 2\n")
     arguments = ("target=tiny", "data=smoke", "data.num_validation=8", f"draft={smoke.run}", "limit=2", corpus)
-    decoders = ("decoders=[autoregressive,dynamic_tree,chain,draft_model]", "small_model=tiny")
+    decoders = ("decoders=[autoregressive,dynamic_tree,chain,draft_model,mine]", "small_model=tiny")
+    decoders += (f"hydra.searchpath=[file://{tmp_path}/conf]",)
     limits = ("max_new_tokens=16", "num_checked=1", *decoders)
     done = call_command("benchmark", *arguments, *limits)
     assert done.code == 0, done.err
     result = last_json(done.out)
     by_decoder = {row["decoder"]: row for row in result["rows"]}
-    assert set(by_decoder) == {"autoregressive", "dynamic_tree", "chain", "draft_model"}
+    assert set(by_decoder) == {"autoregressive", "dynamic_tree", "chain", "draft_model", "mine"}
     assert by_decoder["draft_model"]["acceptance_length"] == 5.0  # the target itself drafts: all four and the bonus
     assert by_decoder["dynamic_tree"]["num_identical"] == 2
     folder = Path(result["run_dir"])

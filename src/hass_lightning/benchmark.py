@@ -17,6 +17,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -163,11 +164,21 @@ def load_node(group: str, name: str) -> Any:
     Raises:
         ValueError: there is no such file.
     """
+    return instantiate(config_node(group, name))
+
+
+def config_node(group: str, name: str) -> DictConfig:
+    """The composed `conf/<group>/<name>.yaml`, folders of hydra.searchpath included.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    folders = ",".join(str(folder) for folder in HydraConfig.get().searchpath or [])
     try:
-        composed = hydra.compose(config_name=f"{group}/{name}")
+        composed = hydra.compose(overrides=[f"+{group}={name}", f"hydra.searchpath=[{folders}]"])
     except hydra.errors.MissingConfigException as error:
         raise ValueError(f"there is no conf/{group}/{name}.yaml: see `hass-benchmark --help` for the names.") from error
-    return instantiate(composed[group])
+    return composed[group]
 
 
 def load_drafts(paths: list[str]) -> dict[str, SavedDraft]:
@@ -227,7 +238,7 @@ def load_prompts(name: str, config: DictConfig, target: TargetModel) -> list[Con
         data = instantiate(config.data)(target=target)
         data.tokens()
         return [c.without_answers() for c in data.validation_conversations[: config.limit]]
-    node = hydra.compose(config_name=f"benchmark/{name}")["benchmark"]
+    node = config_node("benchmark", name)
     OmegaConf.set_struct(node, False)
     node.limit = config.limit or node.get("limit")
     return instantiate(node).load()
