@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from hass_lightning.cli import command
 from hass_lightning.data.datamodule import FeatureDataModule
 from hass_lightning.draft import load_draft
+from hass_lightning.draft.checkpoint import save_start
 from hass_lightning.draft.initialize import least_squares_start
 from hass_lightning.provenance import plain, write_provenance
 from hass_lightning.report import run_report
@@ -86,7 +87,7 @@ def forget(run_dir: Path) -> None:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         for name in ("checkpoints", "draft", "csv", "tensorboard"):
             shutil.rmtree(run_dir / name, ignore_errors=True)
-        for name in ("records.jsonl", "metrics.json", "trained", "train_seconds.json", "wandb_id", "report.html"):
+        for name in ("records.jsonl", "metrics.json", "trained", "train_seconds.json", "start.json", "wandb_id", "report.html"):
             (run_dir / name).unlink(missing_ok=True)
 
 
@@ -116,6 +117,8 @@ def fit(
     elif draft.start == "least_squares":
         rows = least_squares_start(draft, target.head, (store.read(index) for index in range(len(store))))
         log.info("fc starts as the least-squares map of %d rows", rows)
+    if not last and trainer.is_global_zero:
+        save_start(run_dir / "start.json", draft, store.folder.name)
     started = time.perf_counter()
     # batch n is a function of (seed, n), see data/datamodule.py: there is no loader state to resume
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
