@@ -1,7 +1,7 @@
 """`hass-export`: a head in the layout of an engine, checked before it is left behind (docs/serving.md).
 
     hass-export draft=runs/quickstart format=vllm output_dir=served/vllm
-    hass-export draft=runs/quickstart format=hub output_dir=card upload=owner/name      # uploads; without `upload` never
+    hass-export draft=runs/quickstart format=hub output_dir=card upload=owner/name      # else nothing is uploaded
 
 A refused export leaves nothing and names the tensor or the key.
 """

@@ -1,4 +1,4 @@
-"""Secrets stay out of configs, logs and records: what looks like one is refused in a config and struck out elsewhere."""
+"""Secrets stay out of configs, logs and records: refused in a config, struck out elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 STRUCK_OUT = "***"
 # singular: max_answer_tokens and token_ids are no secrets
-NAME = re.compile(r"(?:^|[._-])(?:api[_-]?key|access[_-]?key|secret|password|passwd|token|credentials?)$", re.IGNORECASE)
+NAME = re.compile(
+    r"(?:^|[._-])(?:api[_-]?key|access[_-]?key|secret|password|passwd|token|credentials?)$", re.IGNORECASE
+)
 SHAPE = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[A-Z0-9]{16})\b")
 
 
@@ -39,14 +41,14 @@ def redacted(content: Any, name: str = "") -> Any:
 
 
 def find_secrets(content: Any, name: str = "") -> Iterator[str]:
-    """The keys of an unresolved config whose value is a secret (an interpolation such as ${oc.env:HF_TOKEN} is none)."""
+    """The keys of an unresolved config whose value is a secret; an interpolation (${oc.env:HF_TOKEN}) is none."""
     if isinstance(content, dict):
         for key, value in content.items():
             yield from find_secrets(value, f"{name}.{key}".lstrip("."))
     elif isinstance(content, list):
         for number, value in enumerate(content):
             yield from find_secrets(value, f"{name}[{number}]")
-    elif isinstance(content, str) and content and not content.startswith("${") and redacted({name: content})[name] != content:
+    elif isinstance(content, str) and not content.startswith("${") and redacted(content, name) != content:
         yield name
 
 

@@ -87,7 +87,7 @@ def forget(run_dir: Path) -> None:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         for name in ("checkpoints", "draft", "csv", "tensorboard"):
             shutil.rmtree(run_dir / name, ignore_errors=True)
-        for name in ("records.jsonl", "metrics.json", "trained", "train_seconds.json", "start.json", "wandb_id", "report.html"):
+        for name in ("records.jsonl", "metrics.json", "trained", "train_seconds.json", "wandb_id", "report.html"):
             (run_dir / name).unlink(missing_ok=True)
 
 

@@ -124,7 +124,7 @@ FAULTS = {
     "an unexpected key": (lambda t, c: t.update({"norm.weight": torch.ones(64)}), r"unexpected \['norm\.weight'\]"),
     "an LM head of its own": (lambda t, c: t.update({"lm_head.weight": torch.ones(2, 2)}), r"'lm_head\.weight'"),
     "a prefix": (lambda t, c: t.update({"model.fc.weight": t.pop("fc.weight")}), r"missing \['fc\.w.*'model\.fc\.w"),
-    "another shape": (lambda t, c: c.update(vocab_size=300), r"embed_tokens\.weight \(259, 64\) instead of \(300, 64\)"),
+    "another shape": (lambda t, c: c.update(vocab_size=300), r"embed_tokens\.weight \(259, 64\) instead of \(300"),
     "two dtypes": (lambda t, c: t.update({"fc.weight": t["fc.weight"].float()}), "mixes the dtypes"),
     "EAGLE-3": (lambda t, c: t.update({"midlayer.hidden_norm.weight": torch.ones(64)}), "is an EAGLE-3 head"),
 }  # fmt: skip
@@ -145,7 +145,11 @@ class Bomb:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(pickle.dumps(Bomb()), "could run code|damaged"), (b"half a file", "could run code|damaged"), (None, "neither model")],
+    [
+        (pickle.dumps(Bomb()), "could run code|damaged"),
+        (b"half a file", "could run code|damaged"),
+        (None, "neither model"),
+    ],
     ids=["code", "rubbish", "nothing"],
 )
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch, content, words):

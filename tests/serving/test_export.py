@@ -183,7 +183,7 @@ def swap(tensors):
 
 FAULTS = {
     "a dropped key": (tensor_fault(lambda t: t.pop("layers.0.mlp.up_proj.weight")), r"missing \['layers\.0\.mlp\.up_p"),
-    "a prefix": (tensor_fault(lambda t: t.update({"model.fc.weight": t.pop("fc.weight")})), r"'fc\.weight'.*'model\.fc"),
+    "a prefix": (tensor_fault(lambda t: t.update({"model.fc.weight": t.pop("fc.weight")})), r"'fc\.weight'.*'model"),
     "an input norm": (
         tensor_fault(lambda t: t.update({"layers.0.input_layernorm.weight": torch.ones(64)})),
         r"unexpected \['layers\.0\.input_layernorm\.weight'\]",

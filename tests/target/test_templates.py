@@ -11,8 +11,8 @@ from hass_lightning.target import TargetModel
 from hass_lightning.types import Conversation, Message
 
 VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the user's questions."
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
 )
 
 
@@ -53,7 +53,9 @@ def test_what_is_no_template_names_the_key(load, tmp_path, text, words):
 
 
 def test_generation_tags_are_taken(load, tmp_path):
-    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{%- generation -%}{{ m['content'] }}{% endgeneration %}{% endfor %}")
+    (tmp_path / "mine.jinja").write_text(
+        "{% for m in messages %}{%- generation -%}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    )
     assert render(load(str(tmp_path / "mine.jinja")).tokenizer, TWO[:2]) == "hihello"
 
 
@@ -125,4 +127,4 @@ def test_a_template_that_takes_no_system_turn_skips_the_conversation(tiny):
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + FORGETS
     )
     with pytest.raises(SkippedConversation, match="the chat template refuses it: no system role"):
-        encode_conversation(tokenizer, Conversation("c", talk(("system", "s"), *[(m.role, m.content) for m in TWO])), 500)
+        encode_conversation(tokenizer, Conversation("c", talk(("system", "s")) + TWO), 500)

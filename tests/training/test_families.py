@@ -38,7 +38,7 @@ FAMILIES = {
     "LLaMA 3": LlamaConfig(**SIZES, num_key_value_heads=2, rms_norm_eps=1e-5, rope_parameters=theta(500000.0)),
     "LLaMA 3.1": LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=LLAMA3_1),
     "SmolLM2": LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=theta(100000.0)),
-    "Mistral": MistralConfig(**SIZES, num_key_value_heads=2, head_dim=12, sliding_window=None),
+    "Mistral": MistralConfig(**SIZES, num_key_value_heads=2, head_dim=12, sliding_window=400),
     "Qwen2": Qwen2Config(**SIZES, num_key_value_heads=2, rope_parameters=theta(1000000.0)),
     "Qwen2.5, tied": Qwen2Config(**SIZES, num_key_value_heads=4, tie_word_embeddings=True),
     "Qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16, rope_parameters=theta(1000000.0)),

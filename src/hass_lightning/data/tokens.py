@@ -91,8 +91,8 @@ def encode_conversation(
 
     Row t is marked iff token t+1 belongs to an answer and is not its end-of-turn token: then the draft head, fed that
     token, predicts what follows it. A generation-marked template (`{% generation %}`) is trusted; else the spans are
-    found from rendered prefixes. `last_turn_only` marks the last answer alone, and ends with it: for templates that drop
-    the reasoning of earlier answers, which then are not what the target once wrote.
+    found from rendered prefixes. `last_turn_only` marks the last answer alone, and ends with it: for templates that
+    drop the reasoning of earlier answers, which then are not what the target once wrote.
 
     Raises:
         SkippedConversation: no answer token, longer than `max_length`, or a template that cannot be followed.

@@ -75,7 +75,9 @@ def check_tensors(where: str, shapes: Mapping[str, tuple[int, ...]], found: Mapp
     wrong = [f"{name} {tuple(found[name].shape)} instead of {tuple(shape)}" for name, shape in shapes.items()
              if name in found and tuple(found[name].shape) != tuple(shape)]  # fmt: skip
     if missing or extra or wrong:
-        raise ValueError(f"{where} does not fit its config: missing {missing}, unexpected {extra}, wrong shape {wrong}.")
+        raise ValueError(
+            f"{where} does not fit its config: missing {missing}, unexpected {extra}, wrong shape {wrong}."
+        )
 
 
 def save_draft(folder: str | Path, draft: EagleDraft, token_ids: Tensor | None, notes: dict[str, Any]) -> Path:
@@ -100,7 +102,7 @@ def save_token_ids(folder: Path, token_ids: Tensor) -> None:
 
 
 def save_start(path: Path, draft: EagleDraft, features: str) -> None:
-    """What a head was before training (hashes by tensor) and on which features it is trained: `hass-export` compares."""
+    """What a head was before training (hashes by tensor), and the features it learns from: `hass-export` compares."""
     hashes = {name: tensor_hash(value) for name, value in draft.state_dict().items()}
     text = json.dumps({"features": features, "tensors": hashes}, indent=2) + "\n"
     _atomic(path, lambda aside: Path(aside).write_text(text))

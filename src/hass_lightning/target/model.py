@@ -56,7 +56,9 @@ def read_template(path: str) -> str:
 
     file = local_path(path)
     if not file.is_file():
-        raise ValueError(f"target.chat_template={path} does not exist: give a Jinja file, or null for the tokenizer's own.")
+        raise ValueError(
+            f"target.chat_template={path} does not exist: give a Jinja file, or null for the tokenizer's own."
+        )
     text = file.read_text(encoding="utf-8")
     try:
         Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(re.sub(GENERATION_TAG, "", text))
@@ -105,7 +107,7 @@ class TargetModel:
             dtype: `auto` (bf16 where it is fast), `float32`, `bfloat16`, `float16`.
             attn_implementation: of transformers. `eager` misreads boolean tree masks: refused.
             num_layers: keep the first layers alone (a small model for `DraftModel` where no trained one exists).
-            chat_template: a Jinja file instead of the tokenizer's own template (`package://`: shipped with this package).
+            chat_template: a Jinja file instead of the tokenizer's own template (`package://`: one that ships here).
 
         Raises:
             ValueError: the model cannot be found or read; the message names the cure.
@@ -157,7 +159,7 @@ class TargetModel:
 
     @property
     def max_length(self) -> int:
-        """Longest sequence the target was made for, in tokens; within a sliding window, which tree masks do not slide."""
+        """Longest sequence the target was made for, in tokens; at most its sliding window (tree masks do not slide)."""
         longest, window = int(self.config.max_position_embeddings), getattr(self.config, "sliding_window", None)
         return longest if window is None else min(longest, int(window))
 

@@ -181,9 +181,7 @@ def hub_folder(
             f"{path} is gated: accept its licence at https://huggingface.co/{path} and set HF_TOKEN to a read token."
         ) from error
     except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"the hub has no repository {path} (or HF_TOKEN may not see it): check {key}."
-        ) from error
+        raise ValueError(f"the hub has no repository {path} (or HF_TOKEN may not see it): check {key}.") from error
 
 
 def safetensors_copy(path: str, revision: str | None = None) -> Path:

@@ -47,8 +47,9 @@ def _write(folder: Path, seed: int, hidden_size: int, num_layers: int) -> None:
 
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=num_layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=hidden_size // 4, max_position_embeddings=2048,
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers, num_attention_heads=4, num_key_value_heads=2, head_dim=hidden_size // 4,
+        max_position_embeddings=2048,
         tie_word_embeddings=False, bos_token_id=0, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""Before a command: no secret in its config. After a multirun: one line of JSON, and an exit code that tells failure."""
+"""Before a command: no secret in its config. After a multirun: one line of JSON, and an exit code."""
 
 from __future__ import annotations
 
