@@ -146,8 +146,8 @@ class Bomb:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (pickle.dumps(Bomb()), "could run code|damaged"),
-        (b"half a file", "could run code|damaged"),
+        (pickle.dumps(Bomb(), protocol=2), "refused.*could run code"),
+        (b"half a file", "refused.*damaged"),
         (None, "neither model"),
     ],
     ids=["code", "rubbish", "nothing"],
@@ -163,9 +163,10 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch, conten
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.slow
 def test_hass_import_makes_a_folder_that_hass_export_takes(call_command, tiny, tmp_path):
     tensors = write(tmp_path / "..HASS LLaMA", tiny, True, True)
-    done = call_command("import", f"path='{tmp_path}/..HASS LLaMA'")
+    done = call_command("import_head", f"path='{tmp_path}/..HASS LLaMA'")
     assert done.code == 0, done.err
     result = json.loads(done.out.strip().splitlines()[-1])
     assert Path(result["draft"]).resolve() == tmp_path / "runs" / "imported" / "HASS_LLaMA"

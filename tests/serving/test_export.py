@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hass_lightning.draft import EagleDraft, SavedDraft, load_draft, save_draft
 from hass_lightning.draft.checkpoint import save_start
-from hass_lightning.serving import PROFILES, RunFacts, export_head, package
+from hass_lightning.serving import PROFILES, RunFacts, export_head
 from hass_lightning.serving.gate import check_export, parity
 from hass_lightning.serving.reference import ReferenceHead, rotary_frequencies
 from hass_lightning.target import TargetModel
@@ -292,7 +292,6 @@ def run(tiny, tmp_path):
 
 
 def test_hass_export_writes_card_and_manifest_and_uploads_nothing(call_command, run, monkeypatch):
-    monkeypatch.setattr(package, "upload", lambda *_: pytest.fail("uploaded unasked"))
     monkeypatch.setattr("hass_lightning.export.upload", lambda *_: pytest.fail("uploaded unasked"))
     done = call_command("export", "target=tiny", f"draft={run}", "format=vllm", "output_dir=served")
     assert done.code == 0, done.err
@@ -310,6 +309,7 @@ def test_hass_export_writes_card_and_manifest_and_uploads_nothing(call_command, 
     assert set(manifest["tensors"]) == KEYS
 
 
+@pytest.mark.slow
 def test_an_upload_is_asked_for_by_name_and_private_at_first(call_command, run, monkeypatch):
     asked = []
     hub = SimpleNamespace(

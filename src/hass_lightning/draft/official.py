@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +55,23 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         ValueError: no file, a damaged one, or a pickle with other things in it.
     """
     safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    try:
-        if safe.exists():
+    if safe.exists():
+        try:
             return load_file(safe)
-        if pickled.exists():
-            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
-            if isinstance(tensors, dict) and all(isinstance(value, Tensor) for value in tensors.values()):
-                return dict(tensors)
-            raise ValueError(f"{pickled} holds other things than named tensors: it is refused.")
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"the weights in {folder} are damaged ({error}): copy them again.") from error
-    except pickle.UnpicklingError as error:
+        except SafetensorError as error:
+            raise ValueError(f"{safe} is damaged ({error}): copy it again.") from error
+    if not pickled.exists():
+        raise ValueError(f"{folder} holds neither {safe.name} nor {pickled.name}: set path to a head's folder.")
+    try:
+        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+    except Exception as error:  # rubbish ends in a KeyError, an IndexError, anything
         raise ValueError(
-            f"{pickled} holds more than tensors, which could run code when read: it is refused. Ask its author for "
-            "safetensors."
+            f"{pickled} is refused ({type(error).__name__}): it is damaged, or holds more than tensors, which could run "
+            "code when read. Copy it again, or ask its author for safetensors."
         ) from error
-    raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: set path to a head's folder.")
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{pickled} holds other things than named tensors: it is refused.")
+    return dict(tensors)
 
 
 def official_draft(where: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> EagleDraft:

@@ -28,7 +28,6 @@ CHAIN_DEPTH = 5
 TEXT = "Speculative decoding drafts several tokens with a small head and verifies them in one pass of the large model. "
 
 
-@torch.inference_mode()
 def check_export(
     folder: Path,
     saved: SavedDraft,
@@ -115,6 +114,7 @@ def config_problems(
     return problems
 
 
+@torch.inference_mode()
 def parity(reference: ReferenceHead, draft: EagleDraft, target: TargetModel, dtype: torch.dtype) -> dict[str, Any]:
     """Compare logits on the target's features, and greedy chains, with the second implementation, both in float32.
 
