@@ -66,8 +66,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         tensors = torch.load(pickled, map_location="cpu", weights_only=True)
     except Exception as error:  # rubbish ends in a KeyError, an IndexError, anything
         raise ValueError(
-            f"{pickled} is refused ({type(error).__name__}): it is damaged, or holds more than tensors, which could run "
-            "code when read. Copy it again, or ask its author for safetensors."
+            f"{pickled} is refused ({type(error).__name__}): it is damaged, or holds more than tensors, which could "
+            "run code when read. Copy it again, or ask its author for safetensors."
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{pickled} holds other things than named tensors: it is refused.")
