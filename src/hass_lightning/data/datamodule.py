@@ -201,9 +201,9 @@ class FeatureDataModule(L.LightningDataModule):
         if self._tokens is None:
             train, validation = split_validation(self.source.load(self.target), self.num_validation)
             encode = (self.target.tokenizer, self.max_length, self.target.eos_token_ids)
-            turns = {"last_turn_only": self.last_turn_only}
-            train_tokens = encode_all(encode[0], train, *encode[1:], self.max_answer_tokens, **turns)
-            self._tokens = train_tokens, encode_all(encode[0], validation, *encode[1:], **turns)
+            last = self.last_turn_only
+            train_tokens = encode_all(encode[0], train, *encode[1:], self.max_answer_tokens, last)
+            self._tokens = train_tokens, encode_all(encode[0], validation, *encode[1:], None, last)
             kept = {sequence.id for sequence in self._tokens[1]}
             self.validation_conversations = [c for c in validation if c.id in kept]
         return self._tokens

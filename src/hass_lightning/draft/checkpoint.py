@@ -62,7 +62,7 @@ class SavedDraft:
 def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(content.data).hexdigest()
 
 
 def check_tensors(where: str, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> None:

@@ -78,7 +78,7 @@ def warn(saved: SavedDraft, target: TargetModel, profile: Profile) -> None:
             profile.name,
             len(saved.token_ids),
         )
-    own, wanted = dict(saved.draft.config.rope_parameters), dict(target.config.rope_parameters)
+    own, wanted = saved.draft.config.rope_parameters, target.config.rope_parameters
     if own != wanted:
         log.warning("the head's rope %s is not the target's %s: exported as it was trained", own, wanted)
 
