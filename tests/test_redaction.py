@@ -15,7 +15,14 @@ from hass_lightning.target.source import safe_name
 
 SOURCE = Path(__file__).parents[1] / "src"
 PLANTED = "hf_" + "Ab3" * 11
-HARMLESS = {"max_answer_tokens": "many", "token_ids": "1", "key": "k", "name": "token", "note": "${oc.env:HF_TOKEN}"}
+HARMLESS = {
+    "max_answer_tokens": "many",
+    "eos_token": "</s>",
+    "token_ids": "1",
+    "key": "k",
+    "name": "token",
+    "note": "${oc.env:HF_TOKEN}",
+}
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD"])

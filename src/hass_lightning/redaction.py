@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 STRUCK_OUT = "***"
-# singular: max_answer_tokens and token_ids are no secrets
+# singular: max_answer_tokens and token_ids are no secrets; nor are a tokenizer's eos_token and the like
 NAME = re.compile(
-    r"(?:^|[._-])(?:api[_-]?key|access[_-]?key|secret|password|passwd|token|credentials?)$", re.IGNORECASE
+    r"(?:^|[._-])(?:api[_-]?key|access[_-]?key|secret|password|passwd|credentials?"
+    r"|(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)(?<!mask_)(?<!stop_)token)$",
+    re.IGNORECASE,
 )
 SHAPE = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[A-Z0-9]{16})\b")
 

@@ -118,7 +118,8 @@ def fit(
         rows = least_squares_start(draft, target.head, (store.read(index) for index in range(len(store))))
         log.info("fc starts as the least-squares map of %d rows", rows)
     if not last and trainer.is_global_zero:
-        save_start(run_dir / "start.json", draft, store.folder.name)
+        folder = getattr(store, "folder", None)  # its name is a hash of tokens, masks and target
+        save_start(run_dir / "start.json", draft, folder and folder.name)
     started = time.perf_counter()
     # batch n is a function of (seed, n), see data/datamodule.py: there is no loader state to resume
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hass_lightning.draft import EagleDraft, SavedDraft, load_draft, save_draft
+from hass_lightning.draft import EagleDraft, SavedDraft, import_head, load_draft, save_draft
 from hass_lightning.draft.checkpoint import save_start
 from hass_lightning.serving import PROFILES, RunFacts, export_head
 from hass_lightning.serving.gate import check_export, parity
@@ -84,7 +84,11 @@ def test_a_hub_export_is_read_back_as_the_same_head(tiny, tmp_path):
     again = load_draft(tmp_path / "export")
     assert again.token_ids.tolist() == [1, 5, 9]
     assert again.notes["alignment_depth"] == 3
-    assert all(torch.equal(value, again.draft.state_dict()[name]) for name, value in saved.draft.state_dict().items())
+    imported = import_head(str(tmp_path / "export"), tmp_path / "imported")  # as from the hub
+    assert imported.token_ids.tolist() == [1, 5, 9]
+    for name, value in saved.draft.state_dict().items():
+        assert torch.equal(value, again.draft.state_dict()[name])
+        assert torch.equal(value, imported.draft.state_dict()[name])
 
 
 def test_a_pruned_vocabulary_has_a_map_for_sglang_and_a_warning_elsewhere(tiny, tmp_path, caplog):

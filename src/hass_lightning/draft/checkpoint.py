@@ -101,7 +101,7 @@ def save_token_ids(folder: Path, token_ids: Tensor) -> None:
     _atomic(folder / "draft_vocab.safetensors", lambda path: save_file(ids, path))
 
 
-def save_start(path: Path, draft: EagleDraft, features: str) -> None:
+def save_start(path: Path, draft: EagleDraft, features: str | None) -> None:
     """What a head was before training (hashes by tensor), and the features it learns from: `hass-export` compares."""
     hashes = {name: tensor_hash(value) for name, value in draft.state_dict().items()}
     text = json.dumps({"features": features, "tensors": hashes}, indent=2) + "\n"
