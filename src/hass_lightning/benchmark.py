@@ -55,7 +55,7 @@ def main(config: DictConfig) -> dict[str, Any]:
     write_provenance(output_dir, config)
     target: TargetModel = instantiate(config.target)
     for label, draft in saved.items():
-        check_fit(label, draft, target)
+        draft.check_fit(label, target)
     small: TargetModel | None = load_node("target", config.small_model) if config.small_model else None
     models = decoding_models(saved, target, small)
     fp32 = decoding_models(saved, target.in_fp32(), small and small.in_fp32()) if config.num_checked else None
@@ -192,27 +192,6 @@ def load_drafts(paths: list[str]) -> dict[str, SavedDraft]:
             raise ValueError(f"drafts names {path} twice.")
         saved[label] = load_draft(path)
     return saved
-
-
-def check_fit(label: str, saved: SavedDraft, target: TargetModel) -> None:
-    """Refuse a head that belongs to another target.
-
-    Raises:
-        ValueError: naming both sides.
-    """
-    config = saved.draft.config
-    if (config.hidden_size, config.vocab_size) != (target.hidden_size, target.head.vocab_size):
-        raise ValueError(
-            f"the head {label} (hidden {config.hidden_size}, vocabulary {config.vocab_size}) does not fit the target "
-            f"{target.name} (hidden {target.hidden_size}, vocabulary {target.head.vocab_size}): set target=… to "
-            "the one it was trained for."
-        )
-    known = saved.notes.get("target_fingerprint")
-    if known and known != target.fingerprint:
-        raise ValueError(
-            f"the head {label} was trained for {saved.notes.get('target')} ({known[:12]}), and this target is "
-            f"{target.name} ({target.fingerprint[:12]}): set target=… to that one."
-        )
 
 
 def decoding_models(

@@ -18,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hass_lightning.ledger import RESULT_FILE_VARIABLE
+from hass_lightning.redaction import RedactingFilter, redact
+from hass_lightning.target.source import safe_name
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def run_name(overrides: str) -> str:
     """A run folder's name from its overrides, the same for the same command: `<experiment>-<hash>`."""
     parts = split_overrides(overrides)
     chosen = dict(part.lstrip("+").split("=", 1) for part in parts if "=" in part)
-    stem = Path(chosen.get("name") or chosen.get("experiment") or "quickstart").name
+    stem = safe_name(Path(chosen.get("name") or chosen.get("experiment") or "quickstart").name)
     rest = ",".join(sorted(part for part in parts if not part.startswith(("name=", "fresh="))))
     if rest in ("", f"experiment={stem}"):
         return stem
@@ -108,11 +110,14 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], dict[str, Any]
         @functools.wraps(function)
         def run(config: DictConfig) -> float | None:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            for handler in logging.getLogger().handlers:
+                handler.addFilter(RedactingFilter())
             try:
                 result = function(config)
             except Exception as error:
                 sentence = user_error(error)
-                write_result(error=sentence or repr(error))
+                sentence = None if sentence is None else redact(sentence)
+                write_result(error=sentence or redact(repr(error)))
                 if sentence is None or os.environ.get("HASS_LIGHTNING_TRACE"):
                     raise
                 log.debug("trace", exc_info=True)

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from hass_lightning.redaction import redact, redacted
+
 PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "omegaconf", "wandb", "deepspeed", "hass-lightning")
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The resolved config as plain containers (what checkpoints, loggers and hashes take)."""
-    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+    """The resolved config as plain containers, without secrets (what checkpoints, loggers and hashes take)."""
+    return redacted(OmegaConf.to_container(config, resolve=True))
 
 
 def config_hash(config: DictConfig) -> str:
@@ -47,7 +49,7 @@ def write_provenance(run_dir: Path, config: DictConfig) -> dict[str, Any]:
     """Write `provenance.json`: argv, git state, versions, seed, device, config hash. No secret is read."""
     status = _git("status", "--porcelain")
     record = {
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "argv": [Path(sys.argv[0]).name, *map(redact, sys.argv[1:])],
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(status) if status is not None else None,
         "versions": {package: _version(package) for package in PACKAGES},

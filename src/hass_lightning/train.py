@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from hass_lightning.cli import command
 from hass_lightning.data.datamodule import FeatureDataModule
 from hass_lightning.draft import load_draft
+from hass_lightning.draft.checkpoint import save_start
 from hass_lightning.draft.initialize import least_squares_start
 from hass_lightning.provenance import plain, write_provenance
 from hass_lightning.report import run_report
@@ -116,6 +117,9 @@ def fit(
     elif draft.start == "least_squares":
         rows = least_squares_start(draft, target.head, (store.read(index) for index in range(len(store))))
         log.info("fc starts as the least-squares map of %d rows", rows)
+    if not last and trainer.is_global_zero:
+        folder = getattr(store, "folder", None)  # its name is a hash of tokens, masks and target
+        save_start(run_dir / "start.json", draft, folder and folder.name)
     started = time.perf_counter()
     # batch n is a function of (seed, n), see data/datamodule.py: there is no loader state to resume
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")

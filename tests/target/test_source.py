@@ -10,9 +10,11 @@ import zipfile
 from contextlib import nullcontext
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hass_lightning.target import TargetModel, source
-from hass_lightning.target.source import cache_root, hub_folder, packaged_gguf
+from hass_lightning.target.source import cache_root, hub_folder, packaged_gguf, safetensors_copy
 
 CONTENT = b"the weights"
 PINNED = hashlib.sha256(CONTENT).hexdigest()
@@ -262,3 +264,24 @@ def test_a_folder_without_a_tokenizer_is_named(tiny, tmp_path):
         path.unlink()
     with pytest.raises((ValueError, OSError), match="tokenizer"):
         TargetModel.load(folder, "tiny")
+
+
+def test_pickled_weights_are_converted_once_and_give_the_same_model(tiny, tmp_path):
+    folder = tmp_path / "vicuna"
+    folder.mkdir()
+    for file in tiny.folder.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    torch.save(load_file(tiny.folder / "model.safetensors"), folder / "pytorch_model.bin")
+    copy = safetensors_copy(str(folder))
+    assert copy != folder
+    assert not list(copy.glob("*.bin"))
+    converted = load_file(copy / "model.safetensors")
+    assert all(torch.equal(value, converted[n]) for n, value in load_file(tiny.folder / "model.safetensors").items())
+    stamp = (copy / "model.safetensors").stat().st_mtime_ns
+    assert safetensors_copy(str(folder)) == copy
+    assert (copy / "model.safetensors").stat().st_mtime_ns == stamp
+    assert safetensors_copy(str(tiny.folder)) == tiny.folder  # nothing to convert
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match="neither safetensors nor pytorch_model"):
+        safetensors_copy(str(folder))

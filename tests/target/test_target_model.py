@@ -111,6 +111,14 @@ def test_the_first_layers_are_a_model_of_their_own(tiny):
     assert small.fingerprint != tiny.fingerprint
 
 
+def test_a_sliding_window_bounds_the_length(tiny):
+    copy = tiny.in_dtype(torch.float32)
+    copy.config.sliding_window = None  # as Qwen2 has it where it does not slide
+    assert copy.max_length == tiny.max_length == 2048
+    copy.config.sliding_window = 48
+    assert copy.max_length == 48
+
+
 def test_the_tokenizer_of_another_model_is_refused(tiny, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny.folder, folder)

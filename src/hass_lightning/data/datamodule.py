@@ -158,7 +158,8 @@ class FeatureDataModule(L.LightningDataModule):
 
     Args:
         source: where conversations come from. target: the frozen LLM whose features are learned.
-        max_length: longest sequence in tokens. max_answer_tokens: training rows to use (None: all).
+        max_length: longest sequence in tokens. last_turn_only: learn from the last answer alone (data/tokens.py).
+        max_answer_tokens: training rows to use (None: all).
         num_validation: validation conversations. batch_size: sequences a process and step.
         noise: half-width of the uniform noise on the input features (0 = none; EAGLE: 0.1).
         cache_dir: where features are stored. num_workers: loader processes.
@@ -176,6 +177,7 @@ class FeatureDataModule(L.LightningDataModule):
         seed: int = 0,
         cache_dir: str | None = None,
         num_workers: int = 0,
+        last_turn_only: bool = False,
     ):
         super().__init__()
         if batch_size < 1 or max_length < 2 or num_validation < 1 or noise < 0:
@@ -188,6 +190,7 @@ class FeatureDataModule(L.LightningDataModule):
         self.max_answer_tokens, self.num_validation = max_answer_tokens, num_validation
         self.batch_size, self.noise, self.seed = batch_size, noise, seed
         self.cache_dir, self.num_workers = cache_dir, num_workers
+        self.last_turn_only = last_turn_only
         self.num_batches: int | None = None  # of the whole run; set by the command
         self._tokens: tuple[list[Tokens], list[Tokens]] | None = None
         self._stores: tuple[FeatureStore, FeatureStore] | None = None
@@ -198,8 +201,9 @@ class FeatureDataModule(L.LightningDataModule):
         if self._tokens is None:
             train, validation = split_validation(self.source.load(self.target), self.num_validation)
             encode = (self.target.tokenizer, self.max_length, self.target.eos_token_ids)
-            train_tokens = encode_all(encode[0], train, *encode[1:], self.max_answer_tokens)
-            self._tokens = train_tokens, encode_all(encode[0], validation, *encode[1:])
+            last = self.last_turn_only
+            train_tokens = encode_all(encode[0], train, *encode[1:], self.max_answer_tokens, last)
+            self._tokens = train_tokens, encode_all(encode[0], validation, *encode[1:], None, last)
             kept = {sequence.id for sequence in self._tokens[1]}
             self.validation_conversations = [c for c in validation if c.id in kept]
         return self._tokens

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hass_lightning.target.model import TargetModel
+from hass_lightning.target.source import local_path
 from hass_lightning.types import Conversation, Message
 
 log = logging.getLogger(__name__)
@@ -135,9 +136,7 @@ class JsonLines:
 
     def load(self, target: TargetModel) -> list[Conversation]:
         """Read and check the file."""
-        path = Path(self.path)
-        if self.path.startswith("package://"):
-            path = Path(__file__).parent.parent / self.path.removeprefix("package://")
+        path = local_path(self.path)
         return parse_all(read_json_lines(path), path.name, self.limit)
 
 

@@ -6,12 +6,16 @@ Shapes: T tokens of a sequence (types.py has the legend).
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from hass_lightning.data.prompts import SkippedConversation
+from hass_lightning.target.model import GENERATION_TAG
 from hass_lightning.types import Conversation, Message, Tokens
 
 log = logging.getLogger(__name__)
@@ -35,28 +39,41 @@ def check_template(tokenizer) -> None:
         )
 
 
+def render(tokenizer, messages: Iterable[Message], **options: Any) -> Any:
+    """A conversation through the chat template: its text, unless `options` ask for something else.
+
+    Raises:
+        SkippedConversation: the template refuses it (some take no system or tool turn).
+    """
+    try:
+        return tokenizer.apply_chat_template(as_dicts(messages), **{"tokenize": False, **options})
+    except TemplateError as error:
+        raise SkippedConversation(f"the chat template refuses it: {error}") from error
+
+
 def encode_prompt(tokenizer, messages: Iterable[Message]) -> list[int]:
     """Token ids of a conversation up to where the assistant starts to write."""
     check_template(tokenizer)
-    text = tokenizer.apply_chat_template(as_dicts(messages), tokenize=False, add_generation_prompt=True)
+    text = render(tokenizer, messages, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def answer_spans(tokenizer, messages: tuple[Message, ...]) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation and the character span of every answer, its end-of-turn token included.
+def answer_spans(
+    tokenizer, messages: tuple[Message, ...], last_turn_only: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation and the character span of every answer (or the last), its end-of-turn token included.
 
     The span of answer i is what rendering one message more adds to the prompt that asks for it.
 
     Raises:
-        SkippedConversation: the template rewrites earlier turns, so that no prefix holds.
+        SkippedConversation: the template refuses it, or rewrites earlier turns, so that no prefix holds.
     """
-    text = tokenizer.apply_chat_template(as_dicts(messages), tokenize=False)
+    text = render(tokenizer, messages)
+    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
     spans = []
-    for number, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        prompt = tokenizer.apply_chat_template(as_dicts(messages[:number]), tokenize=False, add_generation_prompt=True)
-        through = tokenizer.apply_chat_template(as_dicts(messages[: number + 1]), tokenize=False)
+    for number in answers[-1:] if last_turn_only else answers:
+        prompt = render(tokenizer, messages[:number], add_generation_prompt=True)
+        through = render(tokenizer, messages[: number + 1])
         if not (through.startswith(prompt) and text.startswith(through)):
             raise SkippedConversation("the chat template rewrites earlier turns")
         spans.append((len(prompt), len(through)))
@@ -64,25 +81,34 @@ def answer_spans(tokenizer, messages: tuple[Message, ...]) -> tuple[str, list[tu
 
 
 def encode_conversation(
-    tokenizer, conversation: Conversation, max_length: int, end_ids: frozenset[int] = frozenset()
+    tokenizer,
+    conversation: Conversation,
+    max_length: int,
+    end_ids: frozenset[int] = frozenset(),
+    last_turn_only: bool = False,
 ) -> Tokens:
     """Token ids and row mask of one conversation.
 
     Row t is marked iff token t+1 belongs to an answer and is not its end-of-turn token: then the draft head, fed that
     token, predicts what follows it. A generation-marked template (`{% generation %}`) is trusted; else the spans are
-    found from rendered prefixes.
+    found from rendered prefixes. `last_turn_only` marks the last answer alone, and ends with it: for templates that
+    drop the reasoning of earlier answers, which then are not what the target once wrote.
 
     Raises:
         SkippedConversation: no answer token, longer than `max_length`, or a template that cannot be followed.
     """
     ends = end_ids or frozenset(tokenizer.all_special_ids)
-    if "{% generation" in (tokenizer.chat_template or ""):
-        encoded = tokenizer.apply_chat_template(
-            as_dicts(conversation.messages), return_dict=True, return_assistant_tokens_mask=True
-        )
+    messages = conversation.messages
+    if last_turn_only:
+        count = max((n for n, message in enumerate(messages, start=1) if message.role == "assistant"), default=0)
+        messages = messages[:count]
+        if not messages:
+            raise SkippedConversation("an empty loss mask")
+    if not last_turn_only and re.search(GENERATION_TAG, tokenizer.chat_template or ""):
+        encoded = render(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         input_ids, in_answer = list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
     else:
-        text, spans = answer_spans(tokenizer, conversation.messages)
+        text, spans = answer_spans(tokenizer, messages, last_turn_only)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         input_ids = list(encoded["input_ids"])
         in_answer = [False] * len(input_ids)
@@ -111,6 +137,7 @@ def encode_all(
     max_length: int,
     end_ids: frozenset[int] = frozenset(),
     max_answer_tokens: int | None = None,
+    last_turn_only: bool = False,
 ) -> list[Tokens]:
     """Tokens of all usable conversations, in order, until `max_answer_tokens` marked rows are reached.
 
@@ -125,7 +152,7 @@ def encode_all(
         if max_answer_tokens is not None and num_rows >= max_answer_tokens:
             break
         try:
-            tokens = encode_conversation(tokenizer, conversation, max_length, end_ids)
+            tokens = encode_conversation(tokenizer, conversation, max_length, end_ids, last_turn_only)
         except SkippedConversation as reason:
             skipped[str(reason)] += 1
             continue

@@ -3,5 +3,6 @@
 from hass_lightning.draft.alignment import Alignment, unroll
 from hass_lightning.draft.checkpoint import SavedDraft, load_draft, save_draft
 from hass_lightning.draft.eagle import EagleDraft, draft_config
+from hass_lightning.draft.official import import_head
 
-__all__ = ["Alignment", "EagleDraft", "SavedDraft", "draft_config", "load_draft", "save_draft", "unroll"]
+__all__ = ["Alignment", "EagleDraft", "SavedDraft", "draft_config", "import_head", "load_draft", "save_draft", "unroll"]

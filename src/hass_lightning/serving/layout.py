@@ -1,0 +1,114 @@
+"""The tensors and the config.json of a head in an engine's layout.
+
+Shapes: D hidden, I intermediate, V vocabulary, H heads, G key/value heads, d head size (types.py has the legend).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hass_lightning.draft import SavedDraft
+from hass_lightning.draft.checkpoint import OURS
+from hass_lightning.serving.profiles import Profile
+from hass_lightning.target import TargetHead
+
+
+def tensors_for(saved: SavedDraft, head: TargetHead, profile: Profile, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of the file, by published name, in `dtype`.
+
+    Raises:
+        ValueError: the engine has no slot for a bias of `fc` that is not zero.
+    """
+    tensors = {name: value.detach().cpu().to(dtype).contiguous() for name, value in saved.draft.state_dict().items()}
+    bias = tensors.get("fc.bias")
+    if profile.fc_bias == "refused" and bias is not None:
+        largest = float(bias.float().abs().max())
+        if largest > 0:
+            raise ValueError(
+                f"format={profile.name} cannot serve this head: its fc has a bias (max |fc.bias| = {largest:.3g}) and "
+                "the engine has no slot for one. Train with model.draft.fc_bias=false, or use format=sglang or eagle."
+            )
+        del tensors["fc.bias"]
+    if profile.fc_bias == "always" and bias is None:
+        tensors["fc.bias"] = torch.zeros(tensors["fc.weight"].shape[0], dtype=dtype)
+    if profile.embeddings:
+        tensors["embed_tokens.weight"] = head.embed_tokens.cpu().to(dtype).contiguous()
+    return tensors
+
+
+def shapes_for(config: Any, profile: Profile, fc_bias: bool) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that the file must hold, from the sizes alone (fc_bias: whether it holds one)."""
+    hidden, inner, d = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * d, config.num_key_value_heads * d
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (hidden, 2 * hidden),
+        "layers.0.self_attn.q_proj.weight": (queries, hidden),
+        "layers.0.self_attn.k_proj.weight": (keys, hidden),
+        "layers.0.self_attn.v_proj.weight": (keys, hidden),
+        "layers.0.self_attn.o_proj.weight": (hidden, queries),
+        "layers.0.mlp.gate_proj.weight": (inner, hidden),
+        "layers.0.mlp.up_proj.weight": (inner, hidden),
+        "layers.0.mlp.down_proj.weight": (hidden, inner),
+        "layers.0.post_attention_layernorm.weight": (hidden,),
+    }
+    if profile.fc_bias == "always" or (profile.fc_bias == "as_trained" and fc_bias):
+        shapes["fc.bias"] = (hidden,)
+    if profile.embeddings:
+        shapes["embed_tokens.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def rope_fields(config: Any) -> dict[str, Any]:
+    """The rotary settings in both spellings: `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`.
+
+    Engines differ in which they read; a spelling that is missing falls back to 10,000 without scaling.
+    """
+    rope = dict(config.rope_parameters)
+    scaling = None
+    if rope.get("rope_type", "default") != "default":
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        scaling["type"] = rope["rope_type"]
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling, "rope_parameters": rope}
+
+
+def config_for(
+    saved: SavedDraft, target_config: Any, profile: Profile, dtype: torch.dtype, fc_bias: bool
+) -> dict[str, Any]:
+    """config.json: a plain Llama config of one layer.
+
+    Rope is the head's own, what its weights were trained with; `max_position_embeddings` is the target's, since engines
+    size their rotary cache by it.
+    """
+    head = saved.draft.config
+    name = str(dtype).removeprefix("torch.")
+    config = {
+        "architectures": [profile.architecture],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_size": head.hidden_size,
+        "intermediate_size": head.intermediate_size,
+        "num_attention_heads": head.num_attention_heads,
+        "num_key_value_heads": head.num_key_value_heads,
+        "head_dim": head.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": head.rms_norm_eps,
+        "vocab_size": head.vocab_size,
+        "max_position_embeddings": target_config.max_position_embeddings,
+        **rope_fields(head),
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": target_config.bos_token_id,
+        "eos_token_id": target_config.eos_token_id,
+        "pad_token_id": getattr(target_config, "pad_token_id", None),
+        "torch_dtype": name,
+        "dtype": name,
+    }
+    if profile.bias_key:
+        config["bias"] = fc_bias
+    if profile.notes:
+        config[OURS] = saved.notes | {"fc_bias": fc_bias, "dtype": name}
+    return config
