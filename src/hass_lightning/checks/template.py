@@ -26,20 +26,32 @@ def _squash(text: str) -> str:
     return "".join(text.split())
 
 
+def _beside(marked: str, answers: list[str]) -> str | None:
+    """What is marked beside the answers, in their order; None where one of them is not marked."""
+    rest = ""
+    for answer in answers:
+        before, found, marked = marked.partition(answer)
+        if not found:
+            return None
+        rest += before
+    return rest + marked
+
+
 def check_alignment(tokenizer, encoded: Encoded) -> Finding:
     """What the mask marks are the answers: all of them and nothing else, end-of-turn tokens left out."""
     wrong, wide, example = 0, 0, ""
     for conversation, tokens in encoded:
-        answers = _squash("".join(m.content for m in conversation.messages if m.role == "assistant"))
+        answers = [_squash(m.content) for m in conversation.messages if m.role == "assistant"]
         marked = _squash(tokenizer.decode(learned_ids(tokens), skip_special_tokens=False))
-        if marked == answers:
+        rest = _beside(marked, answers)
+        if rest == "":
             continue
         asked = [_squash(m.content) for m in conversation.messages if m.role == "user"]
-        if answers in marked and not any(question in marked.replace(answers, "") for question in asked):
-            wide += 1
-        else:
+        if rest is None or any(question in rest for question in asked):
             wrong += 1
-        example = example or f"{conversation.id}: marked {marked[:60]!r}, answer {answers[:60]!r}"
+        else:
+            wide += 1
+        example = example or f"{conversation.id}: marked {marked[:60]!r}, answer {''.join(answers)[:60]!r}"
     cure = "correct the chat template (its {% generation %} marks, or what it adds to and cuts from answers)."
     if wrong:
         message = f"the mask does not mark the answers in {wrong} of {len(encoded)} conversations ({example})"
