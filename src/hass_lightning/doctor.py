@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from hass_lightning.benchmark import config_node
 from hass_lightning.checks.data import (
     check_coverage,
     check_duplicates,
@@ -161,7 +161,7 @@ def examine_data(config: DictConfig, data: FeatureDataModule, console: Console) 
 
 def load_benchmark(name: str) -> list[Conversation]:
     """All prompts of conf/benchmark/<name>.yaml."""
-    node = hydra.compose(config_name=f"benchmark/{name}")["benchmark"]
+    node = config_node("benchmark", name)
     OmegaConf.set_struct(node, False)
     node.limit = None
     return instantiate(node).load()
