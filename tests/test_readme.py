@@ -54,6 +54,7 @@ def test_a_command_of_the_readme_composes(line):
             assert compose(program.removeprefix("hass-"), overrides=overrides)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_docs_compose_with_the_tiny_target():
     broken = {}
     with initialize_config_dir(config_folder(), version_base="1.3"):

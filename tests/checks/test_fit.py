@@ -1,4 +1,4 @@
-"""Planted faults between target and head (field.md §4, themes 9, 10, 11): each is named, and none where there is none."""
+"""Planted faults between target and head (field.md §4, themes 9, 10, 11): each is named."""
 
 import copy
 import json
@@ -55,13 +55,14 @@ def noise(*shape):
     return lambda _: torch.randn(*shape)
 
 
+NORM = "layers.0.input_layernorm.weight"
 Q = "layers.0.self_attn.q_proj.weight"
 SCALED = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
 FAULTS = {
     # theme 9: export mismatch, silent random tensors
     "a tensor dropped": ({"tensors": {Q: dropped}}, "head_tensors", "error", [Q, "missing"]),
     "a key renamed": ({"tensors": {f"model.{Q}": noise(64, 64)}}, "head_tensors", "error", [f"model.{Q}", "no place"]),
-    "an input norm": ({"tensors": {"layers.0.input_layernorm.weight": noise(64)}}, "head_tensors", "error", ["no place"]),
+    "an input norm": ({"tensors": {NORM: noise(64)}}, "head_tensors", "error", [NORM, "no place"]),
     "another shape": ({"tensors": {"fc.weight": noise(64, 64)}}, "head_tensors", "error", ["fc.weight", "(64, 128)"]),
     "a tensor of NaN": ({"tensors": {Q: lambda x: x * float("nan")}}, "head_tensors", "error", ["not finite"]),
     "a tensor of zeros": ({"tensors": {Q: torch.zeros_like}}, "head_tensors", "error", ["constant"]),
@@ -78,7 +79,7 @@ FAULTS = {
     "bias: true": ({"bias": True, "tensors": {"fc.bias": noise(64)}}, "head_bias", "error", ["in no file"]),
     "a bias that is in no file": ({"bias": True}, "head_bias", "error", ["random one"]),
     # theme 11: rope and long context dropped
-    "another theta": ({"rope_parameters": None, "rope_theta": 500_000.0}, "head_rope", "error", ["rope_theta", "500000"]),
+    "another theta": ({"rope_parameters": None, "rope_theta": 5e5}, "head_rope", "error", ["rope_theta", "500000"]),
     "another scaling": ({"rope_parameters": SCALED}, "head_rope", "error", ["rope_type is 'linear'", "factor"]),
     "a short rotary cache": ({"max_position_embeddings": 1024}, "head_config", "error", ["max_position_embeddings"]),
     "no positions": ({"max_position_embeddings": "absent"}, "head_config", "error", ["max_position_embeddings"]),

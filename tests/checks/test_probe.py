@@ -102,6 +102,7 @@ def test_a_loss_that_teaches_nothing_is_named(tiny, module, tmp_path):
     assert (finding.check, finding.status) == ("overfit", "error")
 
 
+@pytest.mark.slow
 def test_a_tensor_lost_between_saving_and_reading_is_named(tiny, module, tmp_path, monkeypatch):
     def load(path):
         saved = load_draft(path)

@@ -1,4 +1,4 @@
-"""Planted faults of template, mask and data (field.md §4, theme 7): the doctor names each, and none where there is none."""
+"""Planted faults of template, mask and data (field.md §4, theme 7): the doctor names each."""
 
 import copy
 
@@ -145,7 +145,10 @@ def test_copies_and_leaks_are_found_whatever_their_punctuation():
     train = [*CHATS, chat("name a colour, of  the SKY", "Grey."), chat("Go on", "Well, well.")]
     assert check_duplicates(train).status == "ok"
     assert check_duplicates([*train, CHATS[0]]).status == "warning"
-    prompts = {"mt_bench": [chat("Name a colour of the sky!", id="q7"), chat("Go on")], "clean": [chat("Who are you, then?")]}
+    prompts = {
+        "mt_bench": [chat("Name a colour of the sky!", id="q7"), chat("Go on")],
+        "clean": [chat("Who are you, then?")],
+    }
     first, second = check_leakage(train, prompts)
     assert (first.status, second.status) == ("error", "ok")
     assert "1 of 2 mt_bench prompts" in first.message

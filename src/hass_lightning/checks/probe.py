@@ -69,7 +69,8 @@ def probe_step(
         features, inputs = (part.to(device) for part in batch)
         optimizer = module.make_optimizer([p for p in module.draft.parameters() if p.requires_grad])
         started = time.perf_counter()
-        with trainer.precision_plugin.forward_context():
+        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
+        with torch.autocast(device.type, mixed, enabled=mixed is not None):
             output = module.aligned_loss(features, inputs)
             output.total.backward()
         gradients = {name: p.grad for name, p in module.draft.named_parameters() if p.requires_grad}
@@ -78,7 +79,8 @@ def probe_step(
         seconds = time.perf_counter() - started
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as failure:
         if isinstance(failure, RuntimeError) and "memory" not in str(failure):
-            raise
+            cure = "HASS_LIGHTNING_TRACE=1 hass-train shows where; is a loss term or a head of your own in it?"
+            return [error("probe_step", f"the step fails: {failure}", cure)], None
         shape = tuple(batch[0].input_ids.shape)
         message = f"a batch of {shape[0]} sequences of {shape[1]} tokens does not fit into memory"
         return [error("memory", message, LOWER)], None
