@@ -1,4 +1,4 @@
-"""What the README says is there and composes. Its install and pytest lines run in .ci/run."""
+"""What README and docs say is there and composes. Their install and pytest lines run in .ci/run."""
 
 import re
 import shlex
@@ -10,19 +10,27 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from hass_lightning.cli import config_folder
+from hass_lightning.measure import records
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^(?:pip install .* && )?(hass-(?:train|benchmark|prepare).*)$", README, flags=re.MULTILINE)
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
-def test_there_are_commands():
-    assert len(COMMANDS) >= 10
+def commands(text):
+    """The hass-* lines of the bash blocks, continuation lines joined."""
+    for block in re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        joined = block.replace("\\\n", " ")
+        yield from re.findall(r"^(?:pip install .* && )?(hass-\w+ *.*)$", joined, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_readme_composes(line):
-    program, *words = [word for word in shlex.split(line, comments=True) if word != "-m"]
+IN_README = list(dict.fromkeys(commands(README)))
+IN_DOCS = list(dict.fromkeys(line for page in PAGES for line in commands(page.read_text()) if line not in IN_README))
+
+
+def every_choice(line):
+    """(program, overrides) of a command line, one for each cell of a sweep."""
+    program, *words = [word for word in shlex.split(line, comments=True) if word not in ("-m", "--cfg", "job")]
     parser = OverridesParser.create()
     choices = []
     for word in words:
@@ -30,9 +38,55 @@ def test_a_command_of_the_readme_composes(line):
         sweep = override.is_sweep_override()
         choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
                        if sweep else [word])  # fmt: skip
+    for overrides in product(*choices):
+        yield program, list(overrides)
+
+
+def test_there_are_commands():
+    assert len(IN_README) >= 10
+    assert len(IN_DOCS) >= 20
+
+
+@pytest.mark.parametrize("line", IN_README)
+def test_a_command_of_the_readme_composes(line):
     with initialize_config_dir(config_folder(), version_base="1.3"):
-        for overrides in product(*choices):
-            assert compose(program.removeprefix("hass-"), overrides=list(overrides))
+        for program, overrides in every_choice(line):
+            assert compose(program.removeprefix("hass-"), overrides=overrides)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_docs_compose_with_the_tiny_target():
+    broken = {}
+    with initialize_config_dir(config_folder(), version_base="1.3"):
+        for line in IN_DOCS:
+            program, overrides = next(every_choice(line))  # the cells of a sweep differ in values alone
+            name = program.removeprefix("hass-")
+            try:
+                if "target" in compose(name, overrides=overrides):
+                    others = [override for override in overrides if not override.startswith("target=")]
+                    assert compose(name, overrides=[*others, "target=tiny"]).target.name
+            except Exception as error:
+                broken[line] = error
+    assert not broken
+
+
+def test_the_glossary_has_every_convention():
+    text = (ROOT / "docs/metrics.md").read_text()
+    data_and_readers = {"BASELINE", "Question", "Record", "Totals", "matched", "read_records", "select", "totals",
+                        "totals_by_question"}  # fmt: skip
+    missing = [name for name in records.__all__ if name not in data_and_readers and f"`{name}`" not in text]
+    assert not missing
+
+
+def test_every_page_is_on_the_site_and_every_check_is_on_the_page_of_the_doctor():
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert not [page.name for page in PAGES if str(page.relative_to(ROOT / "docs")) not in site]
+    names = set()
+    for module in (ROOT / "src/hass_lightning/checks").glob("*.py"):
+        names |= set(re.findall(r'(?:ok|warning|error)\)?\(\s*"(\w+)"', module.read_text()))
+    page = (ROOT / "docs/tasks/doctor.md").read_text()
+    assert len(names) > 25
+    assert not {name for name in names if f"`{name}`" not in page and not name.startswith("head_")}
 
 
 def test_the_tree_of_the_readme_is_there():

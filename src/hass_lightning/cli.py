@@ -103,7 +103,8 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], dict[str, Any]
     """Turn `function(config) -> result` into a command: Hydra in front, one line of JSON behind.
 
     A ValueError is the user's: it is printed as one sentence, and the exit code is 1. Everything else keeps its trace
-    (HASS_LIGHTNING_TRACE=1: that, too).
+    (HASS_LIGHTNING_TRACE=1: that, too). Keys of the result that are not printed: `_metric` is what a sweep optimises,
+    `_silent` prints nothing, `_exit_code` ends the process with it.
     """
 
     def decorate(function: Callable[[DictConfig], dict[str, Any]]) -> Callable[[], None]:
@@ -123,10 +124,12 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], dict[str, Any]
                 log.debug("trace", exc_info=True)
                 print(f"error: {sentence}", file=sys.stderr, flush=True)
                 raise SystemExit(1) from error
-            metric = result.pop("_metric", None)
+            metric, exit_code = result.pop("_metric", None), result.pop("_exit_code", 0)
             write_result(metric=metric, result={key: value for key, value in result.items() if key != "_silent"})
             if not result.pop("_silent", False):
                 print(json.dumps(result, default=str), flush=True)
+            if exit_code:
+                raise SystemExit(exit_code)
             return metric
 
         return hydra.main(version_base="1.3", config_path=config_folder(), config_name=config_name)(run)

@@ -1,0 +1,81 @@
+"""Stored features against the target: a few sequences are computed again and compared.
+
+Shapes: T tokens, D hidden (types.py has the legend).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hass_lightning.checks.finding import Finding, error, ok
+from hass_lightning.data.features import FeatureStore, extract_features, feature_key
+from hass_lightning.target.model import TargetModel
+from hass_lightning.target.source import cache_root
+from hass_lightning.types import Tokens
+
+SHARD_SIZE = 256  # sequences a shard, as in extract_features
+TOLERANCE = 0.05  # relative; bf16 batched against bf16 alone, or 8 bits against bf16, stay below 0.02
+
+
+def cached_shard(target: TargetModel, tokens: Sequence[Tokens], cache_dir: str | Path | None) -> FeatureStore | None:
+    """The sequences of the first finished shard of these tokens; None where nothing was extracted yet."""
+    folder = Path(cache_dir or cache_root()) / "features" / feature_key(target, tokens, SHARD_SIZE)
+    if not (folder / "shard-00000.safetensors").exists():
+        return None
+    sequences, first = [], 0
+    for sequence in tokens[:SHARD_SIZE]:
+        sequences.append(("shard-00000.safetensors", first, len(sequence)))
+        first += len(sequence)
+    return FeatureStore(folder, tuple(sequences), tuple(sequence.id for sequence in tokens[:SHARD_SIZE]))
+
+
+def check_features(
+    target: TargetModel, tokens: Sequence[Tokens], cache_dir: str | Path | None, num_sequences: int = 4
+) -> tuple[Finding, float]:
+    """Compare stored features with the target's, one sequence at a time, and time the target.
+
+    Without a cached shard a few sequences are extracted into a folder that is thrown away, so that the way through
+    batching, padding and the file is checked all the same.
+
+    Returns:
+        (the finding, the target's tokens per second).
+    """
+    store = cached_shard(target, tokens, cache_dir)
+    if store is not None:
+        chosen = torch.linspace(0, len(store) - 1, min(num_sequences, len(store))).long().tolist()
+        return _compare(
+            target, store, [tokens[index] for index in chosen], chosen, f"the cached shard in {store.folder}"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        sample = list(tokens[:num_sequences])
+        store = extract_features(target, sample, folder, name="sample features")
+        return _compare(target, store, sample, list(range(len(sample))), "a fresh sample (nothing is cached yet)")
+
+
+def _compare(
+    target: TargetModel, store: FeatureStore, sample: Sequence[Tokens], indices: Sequence[int], where: str
+) -> tuple[Finding, float]:
+    worst, wrong_ids, asked, seconds = 0.0, 0, 0, 0.0
+    for sequence, index in zip(sample, indices, strict=True):
+        stored = store.read(index)
+        started = time.perf_counter()
+        fresh = target.encode(sequence.input_ids[None])[0]  # [T, D]
+        wanted = target.head.logits(fresh).argmax(-1).cpu()
+        seconds += time.perf_counter() - started
+        fresh = fresh.cpu().float()
+        gap = (stored["features"].float() - fresh).norm(dim=-1) / fresh.norm(dim=-1).clamp(min=1e-6)  # [T]
+        worst = max(worst, float(gap.max()))
+        known = stored["target_ids"] >= 0
+        asked += int(known.sum())
+        wrong_ids += int((stored["target_ids"] != wanted)[known].sum())
+    speed = sum(len(sequence) for sequence in sample) / max(seconds, 1e-9)
+    message = f"{where}: features differ by up to {worst:.1e} (relative), {wrong_ids} of {asked} argmax tokens differ"
+    if not worst <= TOLERANCE or wrong_ids > 0.05 * asked:
+        cure = f"remove {store.folder}: it holds another target's features, or damaged ones, and is made again."
+        return error("features", message, cure), speed
+    return ok("features", message), speed

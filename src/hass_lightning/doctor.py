@@ -1,0 +1,213 @@
+"""`hass-doctor`: what would spoil a run, found before the GPU hours. It takes what `hass-train` takes.
+
+    hass-doctor experiment=hass target=llama3_8b_instruct data=sharegpt
+    hass-doctor draft=runs/quickstart                        # a saved head against the target, too
+    hass-doctor 'benchmarks=[mt_bench,gsm8k]'                # are their prompts in the training data?
+
+Each line is ok, a warning or an error with its cure; an error makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from hass_lightning.benchmark import config_node
+from hass_lightning.checks.data import (
+    check_coverage,
+    check_duplicates,
+    check_leakage,
+    check_truncation,
+    check_usable,
+    survey,
+)
+from hass_lightning.checks.features import check_features
+from hass_lightning.checks.finding import Finding, counts, error, show
+from hass_lightning.checks.fit import (
+    check_fc_bias,
+    check_rope,
+    check_special_tokens,
+    check_target_weights,
+    check_vocabulary,
+)
+from hass_lightning.checks.head import check_head
+from hass_lightning.checks.machine import (
+    check_accelerator,
+    check_attention,
+    check_precision,
+    check_threads,
+    check_versions,
+)
+from hass_lightning.checks.overfit import check_overfit
+from hass_lightning.checks.probe import check_disk, estimate_time, longest_batch, probe_step
+from hass_lightning.checks.template import (
+    check_alignment,
+    check_bos,
+    check_end_of_turn,
+    check_rendered,
+    preview,
+)
+from hass_lightning.cli import command, user_error
+from hass_lightning.data.datamodule import FeatureDataModule, split_validation
+from hass_lightning.data.tokens import encode_conversation
+from hass_lightning.target.model import TargetModel
+from hass_lightning.train import make_trainer
+from hass_lightning.training.module import HassModule
+from hass_lightning.training.strategy import check_trainer_config
+from hass_lightning.types import Conversation
+
+log = logging.getLogger(__name__)
+
+
+class Examination:
+    """The findings so far. A stage that fails is a finding, too, and the stages that need it are left out."""
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+
+    def stage(self, name: str, function: Callable[[], Any]) -> Any:
+        """Call `function`; what it raises for the user becomes an error called `name`, and None is returned.
+
+        Findings in what it returns are kept.
+        """
+        try:
+            result = function()
+        except Exception as failure:
+            sentence = user_error(failure)
+            if sentence is None and type(failure).__name__ != "MisconfigurationException":
+                raise
+            self.findings.append(error(name, sentence or str(failure)))
+            return None
+        for each in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(each, list):
+                self.findings += [one for one in each if isinstance(one, Finding)]
+            elif isinstance(each, Finding):
+                self.findings.append(each)
+        return result
+
+
+@command("doctor")
+def main(config: DictConfig) -> dict[str, Any]:
+    """Examine the composed config; the findings are also in the JSON at the end."""
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)
+    console, seen = Console(), Examination()
+    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    seen.stage("machine", lambda: examine_machine(config, on_gpu))
+    target: TargetModel | None = seen.stage("target", lambda: instantiate(config.target))
+    if target is not None:
+        seen.stage("target", lambda: examine_target(target))
+        data = seen.stage("data", lambda: instantiate(config.data)(target=target))
+        if data is not None and seen.stage("data", lambda: examine_data(config, data, console)) is not None:
+            examine_model(config, data, seen, torch.device("cuda" if on_gpu else "cpu"))
+        if config.draft:
+            seen.stage("head", lambda: check_head(config.draft, target))
+    show(seen.findings, console)
+    num = counts(seen.findings)
+    return {**num, "findings": [finding.line() for finding in seen.findings], "_exit_code": int(num["num_errors"] > 0)}
+
+
+def examine_machine(config: DictConfig, on_gpu: bool) -> list[Finding]:
+    """Versions, accelerator and threads."""
+    check_trainer_config(config.trainer)
+    devices = config.trainer.devices
+    num_processes = devices if isinstance(devices, int) and devices > 0 else 1
+    return [check_versions(), check_accelerator(config.trainer.accelerator), check_threads(num_processes, on_gpu)]
+
+
+def examine_target(target: TargetModel) -> list[Finding]:
+    """The frozen LLM by itself."""
+    return [check_target_weights(target), check_special_tokens(target), check_attention(target)]
+
+
+def examine_data(config: DictConfig, data: FeatureDataModule, console: Console) -> list[Finding]:
+    """Template, mask and what is lost, repeated or leaked; prints one conversation with its mask."""
+    target = data.target
+    tokenizer, ends = target.tokenizer, target.eos_token_ids
+    train, validation = split_validation(data.source.load(target), data.num_validation)
+    sample = random.Random(config.seed).sample(train, min(config.num_samples, len(train)))
+    found = survey(sample, lambda conversation: encode_conversation(tokenizer, conversation, 10**9, ends))
+    if found.encoded:
+        console.rule("what the head learns (green)")
+        console.print(preview(tokenizer, found.encoded[0][1]))
+        console.rule()
+    evaluation = {"validation": validation} | {name: load_benchmark(name) for name in config.benchmarks}
+    findings = [
+        check_usable(found),
+        check_rendered(tokenizer, sample),
+        check_coverage(found),
+        *check_truncation(found, data.max_length, target.max_length),
+        check_duplicates(train),
+        *check_leakage(train, evaluation),
+    ]
+    if found.encoded:
+        findings += [
+            check_alignment(tokenizer, found.encoded),
+            check_end_of_turn(tokenizer, found.encoded, ends),
+            check_bos(tokenizer, found.encoded),
+        ]
+    return findings
+
+
+def load_benchmark(name: str) -> list[Conversation]:
+    """All prompts of conf/benchmark/<name>.yaml."""
+    node = config_node("benchmark", name)
+    OmegaConf.set_struct(node, False)
+    node.limit = None
+    return instantiate(node).load()
+
+
+def examine_model(config: DictConfig, data: FeatureDataModule, seen: Examination, device: torch.device) -> None:
+    """The head, a step, the features, the estimates, and one conversation learned by heart."""
+    target = data.target
+    tokens = seen.stage("tokens", data.tokens)
+    built = tokens and seen.stage("model", lambda: build_module(config, data))
+    trainer = built and seen.stage("trainer", lambda: make_trainer(config, data, [], []))
+    if not trainer:
+        return
+    module, coverage = built
+    draft, train = module.draft, tokens[0]
+    seen.stage("head", lambda: [
+        check_precision(trainer.precision, target.dtype, device.type == "cuda"),
+        check_vocabulary(target, draft, coverage), check_rope(target, draft, data.max_length), check_fc_bias(draft),
+    ])  # fmt: skip
+    num_tokens = sum(len(sequence) for part in tokens for sequence in part)
+    num_parameters = sum(parameter.numel() for parameter in draft.parameters())
+    run_dir = Path(config.paths.run_dir)
+    seen.stage("disk", lambda: check_disk(target, num_tokens, num_parameters, data.cache_dir, run_dir))
+    features = seen.stage("features", lambda: check_features(target, train, data.cache_dir))
+    batch = longest_batch(target, train, data.batch_size)
+    probed = seen.stage("probe_step", lambda: probe_step(module, trainer, batch, device))
+    if probed and probed[1] and features:
+        mean = sum(len(sequence) for sequence in train) / len(train) * data.batch_size
+        steps = trainer.max_steps * trainer.accumulate_grad_batches
+        seen.stage("time", lambda: estimate_time(probed[1], steps, mean, num_tokens, features[1]))
+    if config.overfit_steps:
+        questions = data.validation_conversations[:8]
+        with tempfile.TemporaryDirectory() as folder:
+            fresh = build_module(config, data)[0]
+            seen.stage("overfit", lambda: check_overfit(target, fresh, questions, Path(folder), config.overfit_steps))
+
+
+def build_module(config: DictConfig, data: FeatureDataModule) -> tuple[HassModule, float | None]:
+    """The composed LightningModule with a fresh head, and the share of answers that a pruned vocabulary covers."""
+    draft = instantiate(config.model.draft)(data.target.config)
+    token_ids, coverage = None, None
+    if draft.vocab_size is not None:
+        token_ids, coverage = data.most_frequent_tokens(draft.vocab_size)
+    node = OmegaConf.masked_copy(config.model, [key for key in config.model if key != "draft"])
+    return instantiate(node)(draft=draft, head=data.target.head, token_ids=token_ids), coverage
+
+
+if __name__ == "__main__":
+    main()
