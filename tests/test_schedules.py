@@ -36,5 +36,5 @@ def test_lines_join_the_points():
     ],
 )  # fmt: skip
 def test_what_is_no_number_and_no_schedule_names_the_key(value, options):
-    with pytest.raises(ValueError, match="model.some.key="):
+    with pytest.raises(ValueError, match=r"model\.some\.key="):
         scheduled("model.some.key", value, **options)

@@ -57,12 +57,11 @@ def test_a_study_has_the_cells_it_should_and_each_can_be_built(name):
         if "/" in key:
             assert (CONF / key / f"{value}.yaml").is_file(), override
             continue
-        config = (
-            OmegaConf.create({key.split(".")[0]: base()[key.split(".")[0]]}) if key != "data.source.answers" else None
-        )
-        if config is None:  # a key of the study's own data
+        if key == "data.source.answers":  # of the study's own data
             assert "answers" in OmegaConf.load(CONF / "data" / "first_turns.yaml").source
             continue
+        top = key.split(".")[0]
+        config = OmegaConf.create({top: base()[top]})
         assert OmegaConf.select(config, key, default="missing") != "missing", override
         (parsed,) = OverridesParser.create().parse_overrides([override])
         OmegaConf.update(config, key, parsed.value(), merge=True)

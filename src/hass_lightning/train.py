@@ -184,8 +184,7 @@ def make_trainer(
         callbacks = [*callbacks, ComputeMeter(cost)]
     if num_steps is None:
         raise ValueError(
-            "neither trainer.max_epochs, trainer.max_steps, compute.tokens nor compute.flops is set: the run would never "
-            "end."
+            "none of trainer.max_epochs, trainer.max_steps, compute.tokens, compute.flops is set: it would never end."
         )
     data.num_batches = num_steps * accumulate
     interval = settings.get("val_check_interval") or 1.0

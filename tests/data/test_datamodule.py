@@ -267,14 +267,10 @@ def test_fractions_are_nested_and_read_the_same_features(tiny, tmp_path):
 @pytest.mark.parametrize(
     "option",
     [
-        {"fraction": 0.0},
-        {"fraction": 1.5},
-        {"batch_size": 0},
-        {"max_length": 1},
-        {"num_validation": 0},
+        {"fraction": 0.0}, {"fraction": 1.5}, {"batch_size": 0}, {"max_length": 1}, {"num_validation": 0},
         {"noise": -0.1},
     ],
-)
+)  # fmt: skip
 def test_settings_without_sense_are_refused(tiny, tmp_path, option):
     with pytest.raises(ValueError, match=f"data.{next(iter(option))}"):
         module(tiny, tmp_path, **option)

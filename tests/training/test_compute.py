@@ -7,23 +7,13 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.flop_counter import FlopCounterMode
-from training_toys import make_data, make_module, smoke_config
+from training_toys import make_module, smoke_config
 
 from hass_lightning.data.datamodule import FeatureDataset, collate
 from hass_lightning.draft import Alignment
 from hass_lightning.draft.alignment import needed_rows
 from hass_lightning.train import make_trainer
 from hass_lightning.training.compute import BatchShape, RunCost, step_flops
-
-
-@pytest.fixture(scope="module")
-def data_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("features")
-
-
-@pytest.fixture
-def data(tiny, data_folder):
-    return make_data(tiny, data_folder)
 
 
 def scores_and_values(q, k, *rest, out_shape=None, **options):

@@ -1,7 +1,7 @@
 """How a head may start: from another head, or with `fc` as the best linear map and the rest of the layer silent.
 
-The latter is not in the paper. The official heads start from random weights and are trained for days; with minutes, a closed-form
-start is worth more than several epochs (experiments/quickstart.md). Shapes: T tokens, D hidden (types.py).
+The latter is not in the paper. The official heads start from random weights and are trained for days; with minutes, a
+closed-form start is worth more than several epochs (experiments/quickstart.md). Shapes: T tokens, D hidden (types.py).
 """
 
 from __future__ import annotations

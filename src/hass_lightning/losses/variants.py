@@ -1,7 +1,7 @@
 """Loss terms beside the paper's three: those its appendix compares with top-K, and divergences beyond it.
 
-The paper's text was not at hand (hass.md §1.3 lists the names alone): where it leaves a choice, the docstring says which
-reading this is. Shapes: R rows, Vd draft vocabulary, K kept tokens (types.py has the legend); p target, q draft.
+The paper's text was not at hand (hass.md §1.3 lists the names alone): where a name leaves a choice, the docstring says
+which reading this is. Shapes: R rows, Vd draft vocabulary, K kept tokens (types.py has the legend); p target, q draft.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class BidirectionalTopK(TopK):
 
 
 class RecallAtK(TopK):
-    """L = 1 - (1/K) Σ_{v ∈ top-K of p} σ((K - r_v) / k_temperature), r_v = 1 + Σ_{u ≠ v} σ((z_u - z_v) / rank_temperature).
+    """L = 1 - (1/K) Σ_{v ∈ top-K of p} σ((K - r_v) / a), with the smooth rank r_v = 1 + Σ_{u ≠ v} σ((z_u - z_v) / b).
 
-    Recall@k surrogate (Patel et al., arXiv 2108.11179) with the target's top-K as the positives and the
-    draft's logits z as the scores: the share of them among the draft's K first, ranks made smooth. The source's
-    rank_temperature 0.01 is for cosine similarities; logits spread wider. Needs [R, K, Vd] numbers: lower chunk_rows.
+    Recall@k surrogate (Patel et al., arXiv 2108.11179) with the target's top-K as the positives and the draft's
+    logits z as the scores: the share of them among the draft's K first. a = k_temperature; b = rank_temperature, 0.01
+    in the source, for cosine similarities: logits spread wider. Needs [R, K, Vd] numbers: lower chunk_rows.
     """
 
     def __init__(self, weight: Any = 1.0, k: Any = 10, k_temperature: float = 1.0, rank_temperature: float = 0.1):
@@ -100,10 +100,10 @@ class RecallAtK(TopK):
 
 
 class LogitDifferences(TopK):
-    """L = D(target's top-K) + D(draft's top-K), D(S) = KL(softmax_{i<j ∈ S}((y_i - y_j) / T) ‖ softmax((z_i - z_j) / T)).
+    """L = D(target's top-K) + D(draft's top-K), D(S) = KL(softmax_{i<j} (y_i - y_j)/T ‖ softmax_{i<j} (z_i - z_j)/T).
 
-    BiLD, bi-directional logits difference (Li et al., arXiv 2406.13555): y the target's logits, z the draft's, the pairs
-    ordered by whoever chose S. Its order within the top-K counts, its tail not at all. Defaults are the source's.
+    BiLD, bi-directional logits difference (Li et al., arXiv 2406.13555): y the target's logits, z the draft's, pairs
+    ordered by whoever chose S. The order within the top-K counts, the tail not at all. Defaults are the source's.
     """
 
     def __init__(self, weight: Any = 1.0, k: Any = 8, temperature: float = 3.0):
@@ -162,7 +162,7 @@ class TotalVariation(LossTerm):
 class ExpectedAcceptance(LossTerm):
     """L = -log Σ_v min(p_v, q_v): maximises the expected acceptance of a sampled draft.
 
-    The negative log-acceptance of LK losses (arXiv 2602.23881): total variation's direction, each row's gradient divided
+    The negative log-acceptance of LK losses (arXiv 2602.23881): total variation's direction, a row's gradient divided
     by its acceptance, so that it does not vanish where p and q hardly overlap. Its hybrid with KL is two terms of ours.
     """
 

@@ -138,9 +138,7 @@ class RunCost:
             ValueError: `match_depth` without `limit`, or a budget that is not positive.
         """
         if any(value is not None and value <= 0 for value in (tokens, flops, match_depth)):
-            raise ValueError(
-                f"compute.tokens={tokens}, flops={flops}, match_depth={match_depth}: they must be positive."
-            )
+            raise ValueError(f"compute.tokens={tokens}, flops={flops}, match_depth={match_depth} must be positive.")
         if match_depth is not None:
             if limit is None:
                 raise ValueError(
