@@ -3,6 +3,7 @@
 import json
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -22,7 +23,9 @@ NUM_CELLS = {
 
 
 def study(name):
-    return OmegaConf.load(CONF / "hparams_search" / f"{name}.yaml")
+    """A study as it is written, nothing resolved."""
+    written = OmegaConf.to_container(OmegaConf.load(CONF / "hparams_search" / f"{name}.yaml"), resolve=False)
+    return SimpleNamespace(**{"sweeper": written["hydra"]["sweeper"], **written})
 
 
 @cache
@@ -33,7 +36,7 @@ def base():
 
 def overrides(name):
     """The overrides of every cell, as Hydra's sweeper makes them."""
-    params = [f"{key}={value}" for key, value in study(name).hydra.sweeper.params.items()]
+    params = [f"{key}={value}" for key, value in study(name).sweeper["params"].items()]
     (batch,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(params), None)
     return [list(job) for job in batch]
 
@@ -72,8 +75,8 @@ def test_a_study_has_the_cells_it_should_and_each_can_be_built(name):
 
 def test_the_search_of_optuna_is_over_keys_that_exist():
     config = study("optuna")
-    assert config.hydra.sweeper.n_trials == NUM_CELLS["optuna"]
-    for key in config.hydra.sweeper.params:
+    assert config.sweeper["n_trials"] == NUM_CELLS["optuna"]
+    for key in config.sweeper["params"]:
         assert OmegaConf.select(base(), key, default="missing") != "missing", key
     assert config.optimized_metric == "simulated_acceptance_length"
 

@@ -92,7 +92,7 @@ def test_a_run_ends_with_its_budget_and_logs_what_it_spent(tiny, data, tmp_path)
     config.compute.tokens = run.tokens(7)
     config.trainer.max_epochs = -1
     changed = {"precision": "32-true", "log_every_n_steps": 1, "enable_model_summary": False, "val_check_interval": 5}
-    for key, value in (changed | {"enable_progress_bar": False}).items():
+    for key, value in (changed | {"enable_progress_bar": False, "default_root_dir": str(tmp_path)}).items():
         config.trainer[key] = value
     module, logger = make_module(tiny), CSVLogger(tmp_path, name="", version="")
     trainer = make_trainer(config, data, [], [logger], module)

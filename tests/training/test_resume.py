@@ -80,6 +80,7 @@ def scheduled_run(tiny, cache, folder, checkpoint=None, seed=0):
     return state(trainer, module), module
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_where_its_schedules_are(tiny, features, tmp_path):
     expected, module = scheduled_run(tiny, features, tmp_path)
     assert (module.alignment.depth, module.loss.terms["top_k"].weight, module.loss.terms["top_k"].k) == (3, 1, 8)

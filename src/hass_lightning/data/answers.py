@@ -49,7 +49,7 @@ class FirstTurns:
 
     def load(self, target: TargetModel) -> list[Conversation]:
         """The conversations, all of one turn; both kinds of answers have the same questions in the same order."""
-        given = []
+        given: list[Conversation] = []
         for conversation in self.source.load(target):
             roles = [message.role for message in conversation.messages]
             if "assistant" in roles and len(given) < self.num_questions:

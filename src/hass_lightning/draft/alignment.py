@@ -70,7 +70,8 @@ class Alignment:
         if not isinstance(self.depth, Mapping):
             return self
         depth = int(self.depths.at(progress))
-        return replace(self, depth=depth, step_weights=self.step_weights and self.step_weights[:depth])
+        weights = self.step_weights and self.step_weights[:depth]  # type: ignore[index]
+        return replace(self, depth=depth, step_weights=weights)
 
     @property
     def weights(self) -> tuple[float, ...]:
