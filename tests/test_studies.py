@@ -83,7 +83,7 @@ def test_the_search_of_optuna_is_over_keys_that_exist():
 
 @pytest.mark.slow
 def test_a_study_runs_to_its_end_and_extracts_its_features_once(run_command, cache_dir):
-    small = ["experiment=smoke", "budget=null", "trainer.max_epochs=1", "callbacks.decoding.max_new_tokens=8"]
+    small = ["experiment=smoke", "budget=custom", "trainer.max_epochs=1", "callbacks.decoding.max_new_tokens=8"]
     options = ["callbacks.decoding.num_prompts=2", "logger=csv", "hydra.launcher.n_jobs=2"]
     before = set((cache_dir / "features").glob("*"))
     done = run_command("train", "-m", "hparams_search=mask_leak", *small, *options)
