@@ -82,6 +82,8 @@ def test_every_config_composes_with_every_command_that_has_its_group(path):
     takers = [command for command in COMMANDS if top in groups_of(command)]
     if len(takers) > 1 and name not in ("tiny", "smoke"):  # a group that fits once fits
         takers = ["train"]
+    if group == "model/loss" and name not in ("eagle", "hass"):  # the menu: each fits where these two fit
+        takers = []
     for command in takers:
         if path == Path("callbacks/early_stopping.yaml"):
             config = composed(command, "+callbacks@callbacks.early_stopping=early_stopping")

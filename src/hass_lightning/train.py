@@ -30,12 +30,14 @@ from hass_lightning.cli import command
 from hass_lightning.data.datamodule import FeatureDataModule
 from hass_lightning.draft import load_draft
 from hass_lightning.draft.checkpoint import save_start
-from hass_lightning.draft.initialize import least_squares_start
+from hass_lightning.draft.initialize import least_squares_start, start_from
 from hass_lightning.provenance import plain, write_provenance
 from hass_lightning.report import run_report
 from hass_lightning.target.model import working_dtype
 from hass_lightning.training.callbacks import DecodingBenchmark, decode_metrics
+from hass_lightning.training.compute import ComputeMeter, RunCost
 from hass_lightning.training.last_checkpoint import find_last_checkpoint
+from hass_lightning.training.module import HassModule
 from hass_lightning.training.strategy import check_trainer_config
 
 log = logging.getLogger(__name__)
@@ -66,11 +68,11 @@ def main(config: DictConfig) -> dict[str, Any]:
     loggers = make_loggers(config, run_dir)
     status = "failed"
     try:
-        train_seconds = fit(config, data, callbacks, loggers, run_dir)
+        spent = fit(config, data, callbacks, loggers, run_dir)
         if not rank_zero:
             status = "success"
             return {"_silent": True}
-        metrics = measure(target, data, benchmark, loggers, run_dir) | {"train_seconds": round(train_seconds, 1)}
+        metrics = measure(target, data, benchmark, loggers, run_dir) | spent
         status = "success"
     finally:
         for logger in loggers:
@@ -93,12 +95,12 @@ def forget(run_dir: Path) -> None:
 
 def fit(
     config: DictConfig, data: FeatureDataModule, callbacks: list[Callback], loggers: list[Logger], run_dir: Path
-) -> float:
-    """Train, from the last checkpoint if there is one; seconds spent over all attempts."""
+) -> dict[str, float]:
+    """Train, from the last checkpoint if there is one; what was spent over all attempts: seconds, tokens, FLOPs."""
     clock = run_dir / "train_seconds.json"
-    before = json.loads(clock.read_text())["seconds"] if clock.exists() else 0.0
+    spent = json.loads(clock.read_text()) if clock.exists() else {"train_seconds": 0.0}
     if (run_dir / "trained").exists():
-        return before
+        return spent
     target = data.target
     draft = instantiate(config.model.draft)(target.config)
     token_ids = None
@@ -109,11 +111,14 @@ def fit(
     # module and trainer first: a wrong value is refused before the features are extracted
     node = OmegaConf.masked_copy(config.model, [key for key in config.model if key != "draft"])
     module = instantiate(node)(draft=draft, head=target.head, token_ids=token_ids)
-    trainer = make_trainer(config, data, callbacks, loggers)
+    trainer = make_trainer(config, data, callbacks, loggers, module)
     store, _ = data.stores()  # before any process group waits: another process of this run waits at the file lock
     last = config.ckpt_path or find_last_checkpoint(run_dir / "checkpoints")
     if last:
         log.info("resuming from %s", last)
+    elif config.init_from:
+        start_from(draft, config.init_from)
+        log.info("the head starts from %s", config.init_from)
     elif draft.start == "least_squares":
         rows = least_squares_start(draft, target.head, (store.read(index) for index in range(len(store))))
         log.info("fc starts as the least-squares map of %d rows", rows)
@@ -128,21 +133,28 @@ def fit(
         if trainer.global_step * trainer.accumulate_grad_batches % int(trainer.val_check_interval):
             trainer.validate(module, datamodule=data, verbose=False)  # the last steps count, too
     finally:
-        seconds = before + time.perf_counter() - started
+        meter = next(each for each in trainer.callbacks if isinstance(each, ComputeMeter))  # type: ignore[attr-defined]
+        seconds = spent["train_seconds"] + time.perf_counter() - started
+        spent = {"train_seconds": round(seconds, 1)}
+        spent |= {f"train_{name}": n for name, n in meter.spent(trainer.global_step, trainer.max_steps).items()}
         if trainer.is_global_zero:
-            clock.write_text(json.dumps({"seconds": seconds}))
+            clock.write_text(json.dumps(spent))
     if trainer.is_global_zero:
         (run_dir / "trained").touch()
-    return seconds
+    return spent
 
 
 def make_trainer(
-    config: DictConfig, data: FeatureDataModule, callbacks: list[Callback], loggers: list[Logger]
+    config: DictConfig,
+    data: FeatureDataModule,
+    callbacks: list[Callback],
+    loggers: list[Logger],
+    module: HassModule | None = None,
 ) -> L.Trainer:
     """The Trainer. A run is one pass over a numbered sequence of batches, whatever number of epochs that spans.
 
     `max_epochs` and a fractional `val_check_interval` are turned into numbers of batches here, so that resuming never
-    depends on where an epoch ends (see data/datamodule.py, BatchOrder).
+    depends on where an epoch ends (see data/datamodule.py, BatchOrder); with the module, `config.compute` is, too.
     """
     node = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(node, dict)
@@ -164,9 +176,20 @@ def make_trainer(
         limits.append(math.ceil(max_epochs * per_epoch / accumulate))
     if settings.get("max_steps", -1) not in (None, -1):
         limits.append(settings["max_steps"])
-    if not limits:
-        raise ValueError("neither trainer.max_epochs nor trainer.max_steps is set: the run would never end.")
-    num_steps = min(limits)
+    num_steps = min(limits, default=None)
+    if module is not None:
+        global_batch = data.batch_size * world_size
+        head = (module.draft.config, len(module.vocabulary), module.planned_alignment)
+        cost = RunCost(data.tokens()[0], global_batch, data.seed, accumulate, *head)
+        budget = dict(config.compute)
+        if (seconds := budget.pop("seconds")) is not None:
+            settings["max_time"] = {"seconds": seconds}
+        num_steps = cost.steps_within(num_steps, **budget)
+        callbacks = [*callbacks, ComputeMeter(cost)]
+    if num_steps is None:
+        raise ValueError(
+            "none of trainer.max_epochs, trainer.max_steps, compute.tokens, compute.flops is set: it would never end."
+        )
     data.num_batches = num_steps * accumulate
     interval = settings.get("val_check_interval") or 1.0
     if isinstance(interval, float):

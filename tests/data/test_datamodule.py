@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -249,7 +250,27 @@ def test_most_frequent_tokens_cover_what_is_drafted(tiny, tmp_path):
             data.most_frequent_tokens(size)
 
 
-@pytest.mark.parametrize("option", [{"batch_size": 0}, {"max_length": 1}, {"num_validation": 0}, {"noise": -0.1}])
+def test_fractions_are_nested_and_read_the_same_features(tiny, tmp_path):
+    parts = []
+    for fraction in (0.125, 0.25, 0.5, 1.0):
+        data = module(tiny, tmp_path, fraction=fraction)
+        store, _ = data.stores()
+        assert list(store.ids) == [sequence.id for sequence in data.tokens()[0]]
+        rows = [store.read(index)["input_ids"] for index in range(len(store))]
+        assert all(torch.equal(row, sequence.input_ids) for row, sequence in zip(rows, data.tokens()[0], strict=True))
+        parts.append(set(store.ids))
+    assert [len(part) for part in parts] == [2, 4, 9, 18]
+    assert all(smaller < larger for smaller, larger in pairwise(parts))
+    assert len(list((tmp_path / "features").iterdir())) == 2  # one set of training features, one of validation
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"fraction": 0.0}, {"fraction": 1.5}, {"batch_size": 0}, {"max_length": 1}, {"num_validation": 0},
+        {"noise": -0.1},
+    ],
+)  # fmt: skip
 def test_settings_without_sense_are_refused(tiny, tmp_path, option):
     with pytest.raises(ValueError, match=f"data.{next(iter(option))}"):
         module(tiny, tmp_path, **option)

@@ -102,7 +102,65 @@ def test_leaky_mask_differs_and_depends_on_padding():
     assert not torch.allclose(long[:, :6], short, atol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [{"depth": 0}, {"depth": 2, "step_weights": (1.0,)}, {"depth": 1, "mask": "causal"}])
+def sequential(draft, embeddings, features, depth, bptt):
+    """f^1 … f^depth by recursion on (step, row), one row and one key at a time, from the definition alone."""
+    known = {}
+
+    def input_of(step, row):
+        """The head's input feature at `row` in `step`: the true one, or its own estimate from the step before."""
+        if step == 1 or row == 0:
+            return features[0, row]
+        return estimate(step - 1, row - 1) if bptt else estimate(step - 1, row - 1).detach()
+
+    def estimate(step, row):
+        if (step, row) not in known:
+            layer, attention = draft.layer, draft.layer.self_attn
+            columns = [
+                (max(1, column - row + step), column)
+                for column in range(row + 1)  # (step of its input, position)
+            ]
+            bands = [draft.fuse(embeddings[0, c], input_of(s, c))[None, None] for s, c in columns]
+            angles = [draft.rotary(torch.tensor([[c]])) for _, c in columns]
+            pairs = [attention.keys_values(u, angle) for u, angle in zip(bands, angles, strict=True)]
+            keys, values = (torch.cat(x, dim=2).repeat_interleave(2, dim=1) for x in zip(*pairs, strict=True))
+            queries = attention.queries(bands[-1], angles[-1])
+            weights = (queries @ keys.transpose(-1, -2) * attention.head_dim**-0.5).softmax(-1)
+            known[step, row] = layer.finish(bands[-1], weights @ values)[0, 0]
+        return known[step, row]
+
+    return [torch.stack([estimate(step, row) for row in range(features.shape[1])]) for step in range(1, depth + 1)]
+
+
+@pytest.mark.parametrize("gradient", ["detach", "bptt"])
+def test_the_gradient_is_that_of_the_sequential_form(gradient):
+    embeddings, features = (x[:, :5] for x in make_rows(1))
+    ours, slow = make_draft(), make_draft()
+    alignment = Alignment(3, step_weights=0.5, gradient=gradient)
+    steps = [f[0] for f in unroll(ours, embeddings, features, alignment)]
+    expected = sequential(slow, embeddings, features, 3, gradient == "bptt")
+    for result in (steps, expected):
+        sum(w * f.square().sum() for w, f in zip((1, 0.5, 0.25), result, strict=True)).backward()
+    for step, (a, b) in enumerate(zip(steps, expected, strict=True), start=1):
+        assert torch.allclose(a, b, atol=1e-12), step
+    for (name, a), (_, b) in zip(ours.named_parameters(), slow.named_parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-10), name
+    assert alignment.weights == (1, 0.5, 0.25)
+
+
+def test_a_scheduled_depth_takes_the_weights_of_its_steps():
+    alignment = Alignment({0: 1, 0.5: 3}, step_weights=[1.0, 0.8, 0.6])
+    assert [alignment.at(p).weights for p in (0, 0.49, 0.5, 1)] == [(1.0,), (1.0,), (1.0, 0.8, 0.6), (1.0, 0.8, 0.6)]
+    assert Alignment({0: 1, 1: 3, "shape": "linear"}).at(0.5).weights == (1.0, 1.0)
+    assert Alignment(2).at(0.7) == Alignment(2)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"depth": 0}, {"depth": 2, "step_weights": (1.0,)}, {"depth": 1, "mask": "causal"}, {"depth": {0: 1, 0.5: 0}},
+        {"gradient": "full"}, {"step_weights": 0}, {"depth": {0: 1, 0.5: 3}, "step_weights": (1.0,)},
+    ],
+)  # fmt: skip
 def test_bad_alignment_is_refused(bad):
     with pytest.raises(ValueError, match=r"model\.alignment"):
         Alignment(**bad)

@@ -1,11 +1,11 @@
-"""The warm start: the head begins as the best linear map of its inputs."""
+"""How a head starts: as the best linear map of its inputs, or as another head."""
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from hass_lightning.draft import EagleDraft
-from hass_lightning.draft.initialize import least_squares_start
+from hass_lightning.draft import EagleDraft, save_draft
+from hass_lightning.draft.initialize import least_squares_start, start_from
 from hass_lightning.target.head import TargetHead
 
 D, V, T = 16, 40, 60
@@ -53,3 +53,15 @@ def test_only_marked_rows_count_and_no_more_than_asked():
 def test_unknown_start_is_refused():
     with pytest.raises(ValueError, match=r"model\.draft\.start=zeros"):
         EagleDraft(LlamaConfig(hidden_size=8, num_attention_heads=1), start="zeros")
+
+
+def test_a_head_starts_from_a_saved_one_of_the_same_shapes(tmp_path):
+    saved, _, _, _ = make()
+    save_draft(tmp_path / "run" / "draft", saved, None, {})
+    draft = EagleDraft(saved.config)
+    start_from(draft, tmp_path / "run")
+    assert all(torch.equal(value, draft.state_dict()[name]) for name, value in saved.state_dict().items())
+    with pytest.raises(ValueError, match=r"init_from=.*fc\.bias.*model\.draft\.fc_bias"):
+        start_from(EagleDraft(saved.config, fc_bias=True), tmp_path / "run")
+    with pytest.raises(ValueError, match="no draft head"):
+        start_from(draft, tmp_path)

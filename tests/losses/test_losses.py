@@ -95,7 +95,7 @@ def test_pruned_vocabulary_renormalises():
 
 
 def test_bad_terms_are_refused():
-    with pytest.raises(ValueError, match=r"model\.loss\.terms\.top_k\.k=0"):
+    with pytest.raises(ValueError, match=r"model\.loss\.terms\.<TopK>\.k=0"):
         TopK(k=0)
     with pytest.raises(ValueError, match="nothing to learn"):
         DraftLoss({"top_k": TopK(0.0)})

@@ -7,23 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from training_toys import make_data, make_module, make_small_trainer
+from training_toys import make_module, make_small_trainer
 
 from hass_lightning.decoding import DynamicTree
 from hass_lightning.draft import load_draft
 from hass_lightning.training.callbacks import DecodingBenchmark, SaveBestDraft, Throughput
 
 TREE = DynamicTree(num_nodes=6, depth=2, width=2)
-
-
-@pytest.fixture(scope="module")
-def data_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("features")
-
-
-@pytest.fixture
-def data(tiny, data_folder):
-    return make_data(tiny, data_folder)
 
 
 def rows(folder):

@@ -16,16 +16,6 @@ from hass_lightning.training.last_checkpoint import LastCheckpoint
 from hass_lightning.training.module import Schedule
 
 
-@pytest.fixture(scope="module")
-def data_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("features")
-
-
-@pytest.fixture
-def data(tiny, data_folder):
-    return make_data(tiny, data_folder)
-
-
 @pytest.fixture
 def batches(data):
     """Two batches of unlike sizes, and both in one."""

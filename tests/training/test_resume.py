@@ -9,6 +9,7 @@ import pytest
 import torch
 from training_toys import make_data, make_module, make_small_trainer
 
+from hass_lightning.losses import SoftCrossEntropy, TopK
 from hass_lightning.training.callbacks import SaveBestDraft
 from hass_lightning.training.last_checkpoint import LastCheckpoint, find_last_checkpoint
 
@@ -66,6 +67,28 @@ def test_resumed_is_uninterrupted_to_the_last_bit(whole, tiny, tmp_path, step):
     assert set(resumed) == set(expected)
     different = [name for name in expected if not torch.equal(resumed[name], expected[name])]
     assert not different
+
+
+def scheduled_run(tiny, cache, folder, checkpoint=None, seed=0):
+    """Depth 1 with soft cross-entropy alone, then depth 3 with top-K as well: the two stages as one run."""
+    data = make_data(tiny, cache, noise=0.1, batch_size=2)
+    every = KeepsAll(folder / "checkpoints", every_n_train_steps=1)
+    trainer = make_small_trainer(data, folder, [every], max_steps=6, max_epochs=None, val_check_interval=3)
+    terms = {"soft_ce": SoftCrossEntropy(0.1), "top_k": TopK(weight={0: 0, 0.5: 1}, k={0: 3, 0.8: 8})}
+    module = make_module(tiny, depth={0: 1, 0.5: 3}, terms=terms, seed=seed)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
+    return state(trainer, module), module
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_where_its_schedules_are(tiny, features, tmp_path):
+    expected, module = scheduled_run(tiny, features, tmp_path)
+    assert (module.alignment.depth, module.loss.terms["top_k"].weight, module.loss.terms["top_k"].k) == (3, 1, 8)
+    assert "val/top_k/step3" in expected
+    resumed, _ = scheduled_run(tiny, features, tmp_path / "b", str(tmp_path / "checkpoints" / "step2.ckpt"), seed=5)
+    assert [name for name in expected if not torch.equal(resumed[name], expected[name])] == []
+    plain = torch.load(tmp_path / "checkpoints" / "step2.ckpt", weights_only=True)
+    assert plain["global_step"] == 2
 
 
 def test_the_comparison_can_fail(whole, tiny, tmp_path):

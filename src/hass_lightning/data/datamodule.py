@@ -56,6 +56,12 @@ def split_validation(
     return train, validation[:num_validation]
 
 
+def nested_fraction(ids: Sequence[str], fraction: float) -> list[int]:
+    """Indices, in order, of a share of sequences that holds every smaller share: the first by a hash of their ids."""
+    ranked = sorted(range(len(ids)), key=lambda index: (_hash("fraction", ids[index]), index))
+    return sorted(ranked[: max(1, round(fraction * len(ids)))])
+
+
 class BatchOrder(Sampler[list[tuple[int, int]]]):
     """All batches of a run, by global batch number: lists of (epoch, index) for this process.
 
@@ -160,6 +166,8 @@ class FeatureDataModule(L.LightningDataModule):
         source: where conversations come from. target: the frozen LLM whose features are learned.
         max_length: longest sequence in tokens. last_turn_only: learn from the last answer alone (data/tokens.py).
         max_answer_tokens: training rows to use (None: all).
+        fraction: of the training sequences to use; a smaller fraction is a part of a larger one. The features of all
+            of them are extracted, so that every fraction reads the same cache.
         num_validation: validation conversations. batch_size: sequences a process and step.
         noise: half-width of the uniform noise on the input features (0 = none; EAGLE: 0.1).
         cache_dir: where features are stored. num_workers: loader processes.
@@ -171,6 +179,7 @@ class FeatureDataModule(L.LightningDataModule):
         target: TargetModel,
         max_length: int = 2048,
         max_answer_tokens: int | None = None,
+        fraction: float = 1.0,
         num_validation: int = 200,
         batch_size: int = 8,
         noise: float = 0.0,
@@ -185,7 +194,9 @@ class FeatureDataModule(L.LightningDataModule):
                 f"data.batch_size={batch_size}, data.max_length={max_length}, data.num_validation={num_validation}, "
                 f"data.noise={noise}: sizes must be positive, noise not negative."
             )
-        self.source, self.target = source, target
+        if not 0 < fraction <= 1:
+            raise ValueError(f"data.fraction={fraction} must lie in (0, 1].")
+        self.source, self.target, self.fraction = source, target, fraction
         self.max_length = min(max_length, target.max_length)
         self.max_answer_tokens, self.num_validation = max_answer_tokens, num_validation
         self.batch_size, self.noise, self.seed = batch_size, noise, seed
@@ -193,6 +204,8 @@ class FeatureDataModule(L.LightningDataModule):
         self.last_turn_only = last_turn_only
         self.num_batches: int | None = None  # of the whole run; set by the command
         self._tokens: tuple[list[Tokens], list[Tokens]] | None = None
+        self._every: list[Tokens] = []  # the training sequences of fraction 1
+        self._kept: list[int] = []  # those of this fraction among them
         self._stores: tuple[FeatureStore, FeatureStore] | None = None
         self.validation_conversations: list[Conversation] = []
 
@@ -202,8 +215,10 @@ class FeatureDataModule(L.LightningDataModule):
             train, validation = split_validation(self.source.load(self.target), self.num_validation)
             encode = (self.target.tokenizer, self.max_length, self.target.eos_token_ids)
             last = self.last_turn_only
-            train_tokens = encode_all(encode[0], train, *encode[1:], self.max_answer_tokens, last)
-            self._tokens = train_tokens, encode_all(encode[0], validation, *encode[1:], None, last)
+            self._every = encode_all(encode[0], train, *encode[1:], self.max_answer_tokens, last)
+            self._kept = nested_fraction([sequence.id for sequence in self._every], self.fraction)
+            kept_tokens = [self._every[index] for index in self._kept]
+            self._tokens = kept_tokens, encode_all(encode[0], validation, *encode[1:], None, last)
             kept = {sequence.id for sequence in self._tokens[1]}
             self.validation_conversations = [c for c in validation if c.id in kept]
         return self._tokens
@@ -211,9 +226,9 @@ class FeatureDataModule(L.LightningDataModule):
     def stores(self) -> tuple[FeatureStore, FeatureStore]:
         """(train, validation) features, extracted if the cache has none; one process does it, the others wait."""
         if self._stores is None:
-            train, validation = self.tokens()
+            _, validation = self.tokens()
             self._stores = (
-                extract_features(self.target, train, self.cache_dir, name="training features"),
+                extract_features(self.target, self._every, self.cache_dir, name="training features").subset(self._kept),
                 extract_features(self.target, validation, self.cache_dir, name="validation features"),
             )
         return self._stores

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -59,6 +59,11 @@ class FeatureStore:
     def length(self, index: int) -> int:
         """Tokens of a sequence."""
         return self.sequences[index][2]
+
+    def subset(self, indices: Sequence[int]) -> FeatureStore:
+        """These sequences alone, in this order, of the same files."""
+        sequences, ids = ([values[index] for index in indices] for values in (self.sequences, self.ids))
+        return replace(self, sequences=tuple(sequences), ids=tuple(ids))  # type: ignore[arg-type]
 
     def read(self, index: int) -> dict[str, Tensor]:
         """One sequence: input_ids, target_ids [T] int64, loss_mask [T] bool, features [T, D]."""

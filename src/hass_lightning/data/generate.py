@@ -216,7 +216,7 @@ class SelfDistillation:
         marker = "\u0001question\u0001"
         text = target.tokenizer.apply_chat_template(as_dicts([Message("user", marker)]), tokenize=False)
         prompt = target.tokenizer(text[: text.index(marker)], add_special_tokens=False)["input_ids"]
-        done, min_words = _read_done(path), 1 if self.keep_unfinished_questions else 3
+        done, min_words = read_done(path), 1 if self.keep_unfinished_questions else 3
         kept, first = _distinct(done, min_words)
         with progress_bar("questions", self.num_questions, "question") as bar, path.open("a") as file:
             bar.update(min(len(kept), self.num_questions))
@@ -251,7 +251,7 @@ class SelfDistillation:
         return dict(sorted(kept.items())[: self.num_questions])
 
     def _answers(self, target: TargetModel, questions: dict[int, str], path: Path) -> dict[int, dict]:
-        done = _read_done(path)
+        done = read_done(path)
         validation = set(list(questions)[: self.num_validation])
         requests = []
         for number, (index, question) in enumerate(questions.items()):
@@ -301,7 +301,7 @@ class SelfDistillation:
         return corpus
 
 
-def _read_done(path: Path) -> dict[int, dict]:
+def read_done(path: Path) -> dict[int, dict]:
     """Finished lines by index; a line cut by a kill is dropped from the file, so that appending stays safe."""
     if not path.exists():
         return {}

@@ -8,15 +8,16 @@ Shapes: B batch, T rows, D hidden, H heads, G key/value heads, d head size (type
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hass_lightning.draft.eagle import EagleDraft
+from hass_lightning.schedules import Scheduled, scheduled
 
 
 @dataclass(frozen=True)
@@ -24,35 +25,58 @@ class Alignment:
     """How training is aligned with decoding.
 
     Args:
-        depth: number of alignment steps; 1 is EAGLE's own training, 3 the paper's choice.
-        step_weights: weight of each step's loss, default 1 each (the official code sums the steps).
+        depth: number of alignment steps; 1 is EAGLE's own training, 3 the paper's choice. May be a schedule (`at`).
+        step_weights: weight of each step's loss, default 1 each (the official code sums the steps); a number β weighs
+            step j with β^(j-1) (the paper re-weights its steps, too).
         mask: `exact`, or `leaky` as in the official code, which puts masked scores at 0 instead of -inf before the
             softmax (hass.md §7.1); for the ablation only.
+        gradient: `detach` the features between the steps as the official code does, or `bptt`: back-propagate through
+            them as well, which truncates back-propagation through time at `depth` steps.
         checkpoint: recompute the layer in the backward instead of keeping its activations (less memory, more time).
     """
 
-    depth: int = 3
-    step_weights: tuple[float, ...] | None = None
+    depth: Any = 3
+    step_weights: tuple[float, ...] | float | None = None
     mask: Literal["exact", "leaky"] = "exact"
+    gradient: Literal["detach", "bptt"] = "detach"
     checkpoint: bool = False
 
     def __post_init__(self):
-        if self.depth < 1:
-            raise ValueError(f"model.alignment.depth={self.depth} must be at least 1 (1 = EAGLE, 3 = the paper).")
+        greatest = max(int(value) for value in self.depths.values)
         if self.mask not in ("exact", "leaky"):
             raise ValueError(f"model.alignment.mask={self.mask} is neither exact nor leaky.")
-        if self.step_weights is not None:
+        if self.gradient not in ("detach", "bptt"):
+            raise ValueError(f"model.alignment.gradient={self.gradient} is neither detach nor bptt.")
+        if isinstance(self.step_weights, int | float):
+            if self.step_weights <= 0:
+                raise ValueError(f"model.alignment.step_weights={self.step_weights}: as β it must be above 0.")
+            weights = tuple(float(self.step_weights) ** step for step in range(greatest))
+            object.__setattr__(self, "step_weights", weights)
+        elif self.step_weights is not None:
             object.__setattr__(self, "step_weights", tuple(float(weight) for weight in self.step_weights))
-            if len(self.step_weights) != self.depth:
+            if len(self.step_weights) != greatest:
                 raise ValueError(
-                    f"model.alignment.step_weights has {len(self.step_weights)} values for depth {self.depth}: give "
-                    "one a step, or null for equal weights."
+                    f"model.alignment.step_weights has {len(self.step_weights)} values for depth {greatest}: give "
+                    "one a step, a number β for β^(step-1), or null for equal weights."
                 )
+
+    @property
+    def depths(self) -> Scheduled:
+        """The depth as a function of progress."""
+        return scheduled("model.alignment.depth", self.depth, least=1, whole=True)
+
+    def at(self, progress: float) -> Alignment:
+        """The alignment with its depth at `progress` (0 to 1) of the run."""
+        if not isinstance(self.depth, Mapping):
+            return self
+        depth = int(self.depths.at(progress))
+        weights = self.step_weights and self.step_weights[:depth]  # type: ignore[index]
+        return replace(self, depth=depth, step_weights=weights)
 
     @property
     def weights(self) -> tuple[float, ...]:
         """One weight a step."""
-        return self.step_weights or (1.0,) * self.depth
+        return self.step_weights or (1.0,) * self.depth  # type: ignore[return-value]
 
 
 def visible(num_rows: int, num_bands: int, band: int, device: torch.device | str = "cpu") -> Tensor:
@@ -144,7 +168,7 @@ def unroll(
     """The head's features f^1 … f^J, one alignment step after the other.
 
     Bands are projected once and keep their graph, so that one backward of the summed step losses has the gradient of
-    the official code's J backwards. Between the steps features are detached (no back-propagation through time).
+    the official code's J backwards. Between the steps features are detached, unless `alignment.gradient` is bptt.
 
     Args:
         embeddings: [B, T, D] of tokens t+1. features: [B, T, D], the target's, of tokens t.
@@ -169,5 +193,5 @@ def unroll(
             estimate = _step(draft, u, rotary, bands, alignment, rows)
         yield estimate
         if step + 1 < alignment.depth:
-            own = torch.cat([features[:, :1].to(estimate.dtype), estimate[:, :-1]], dim=1).detach()
-            u = draft.fuse(embeddings, own)
+            own = torch.cat([features[:, :1].to(estimate.dtype), estimate[:, :-1]], dim=1)
+            u = draft.fuse(embeddings, own if alignment.gradient == "bptt" else own.detach())

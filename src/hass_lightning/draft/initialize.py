@@ -1,18 +1,37 @@
-"""A warm start for the head: `fc` as the best linear map, the rest of the layer silent.
+"""How a head may start: from another head, or with `fc` as the best linear map and the rest of the layer silent.
 
-Not in the paper. The official heads start from random weights and are trained for days; with minutes, a closed-form
-start is worth more than several epochs (experiments/quickstart.md). Shapes: T tokens, D hidden (types.py).
+The latter is not in the paper. The official heads start from random weights and are trained for days; with minutes, a
+closed-form start is worth more than several epochs (experiments/quickstart.md). Shapes: T tokens, D hidden (types.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from hass_lightning.draft.checkpoint import load_draft
 from hass_lightning.draft.eagle import EagleDraft
 from hass_lightning.target.head import TargetHead
+
+
+def start_from(draft: EagleDraft, folder: str | Path) -> None:
+    """Give `draft` the weights of a saved head (a run folder or its draft/), as the official second stage does.
+
+    Raises:
+        ValueError: no head there, or one of other shapes.
+    """
+    own, saved = draft.state_dict(), load_draft(folder).draft.state_dict()
+    shapes = [{name: tuple(value.shape) for name, value in weights.items()} for weights in (own, saved)]
+    if shapes[0] != shapes[1]:
+        wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+        raise ValueError(
+            f"init_from={folder} holds a head of other shapes ({', '.join(wrong)}): it must be one of the same target, "
+            "with the same model.draft.fc_bias."
+        )
+    draft.load_state_dict(saved)
 
 
 @torch.no_grad()

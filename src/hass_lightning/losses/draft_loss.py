@@ -45,16 +45,30 @@ class DraftLoss(nn.Module):
     Args:
         terms: named terms; the name is the metric's name. A term with weight 0 is not computed.
         chunk_rows: rows whose logits are in memory at once.
+        temperature: of the distillation. Both distributions are softmax(logits / temperature), in every term; the
+            weights are yours to adapt (Hinton et al., arXiv 1503.02531, multiply by temperature²).
     """
 
-    def __init__(self, terms: Mapping[str, LossTerm], chunk_rows: int = 1024):
+    def __init__(self, terms: Mapping[str, LossTerm], chunk_rows: int = 1024, temperature: float = 1.0):
         super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"model.loss.temperature={temperature} must be above 0 (1: the target's own).")
+        self.temperature = temperature
         if chunk_rows < 1:
             raise ValueError(f"model.loss.chunk_rows={chunk_rows} must be at least 1.")
         self.terms = nn.ModuleDict(dict(terms))
         self.chunk_rows = chunk_rows
-        if not any(term.weight > 0 for term in terms.values()):
+        if not any(max(term.schedules["weight"].values) > 0 for term in terms.values()):
             raise ValueError("model.loss.terms has no term with a weight above 0: there is nothing to learn.")
+
+    def _logits(self, vocabulary: DraftVocabulary, features: Tensor, dtype: torch.dtype) -> Tensor:
+        logits = vocabulary.logits(features).to(dtype)
+        return logits if self.temperature == 1 else logits / self.temperature
+
+    def set_progress(self, progress: float) -> None:
+        """Bring scheduled weights and K to their values at `progress` (0 to 1)."""
+        for term in self.terms.values():
+            term.set_progress(progress)  # type: ignore[operator]
 
     def forward(
         self,
@@ -90,12 +104,12 @@ class DraftLoss(nn.Module):
         for start in range(0, num_rows, self.chunk_rows):
             rows = slice(start, start + self.chunk_rows)
             with torch.no_grad():
-                logits = vocabulary.logits(target_features[rows]).to(wide)
+                logits = self._logits(vocabulary, target_features[rows], wide)
                 target = TargetRows(target_features[rows].to(wide), logits)
             for number, features in enumerate(step_features):
                 leaf = features[rows].detach().requires_grad_(with_gradient)
                 with torch.set_grad_enabled(with_gradient):
-                    draft_logits = vocabulary.logits(leaf).to(wide)
+                    draft_logits = self._logits(vocabulary, leaf, wide)
                     seen = Rows(leaf.to(wide), draft_logits, target, number + 1)
                     loss = torch.zeros((), device=device, dtype=wide)
                     for name, term in active.items():

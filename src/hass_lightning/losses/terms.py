@@ -7,10 +7,13 @@ chunking are `DraftLoss`'s. Shapes: R rows, D hidden, Vd draft vocabulary, K kep
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from hass_lightning.schedules import Scheduled, scheduled
 
 
 @dataclass
@@ -20,6 +23,7 @@ class TargetRows:
     features: Tensor  # [R, D], the features to be estimated
     logits: Tensor  # [R, Vd], over the draft vocabulary
     _probs: Tensor | None = None
+    _log_probs: Tensor | None = None
     _top: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -28,6 +32,13 @@ class TargetRows:
         if self._probs is None:
             self._probs = self.logits.softmax(-1)
         return self._probs
+
+    @property
+    def log_probs(self) -> Tensor:
+        """log p [R, Vd], finite where p underflows."""
+        if self._log_probs is None:
+            self._log_probs = self.logits.log_softmax(-1)
+        return self._log_probs
 
     def top_k(self, k: int) -> tuple[Tensor, Tensor]:
         """The K largest probabilities [R, K] and their indices [R, K]."""
@@ -45,6 +56,7 @@ class Rows:
     target: TargetRows
     step: int  # alignment step, from 1
     _lse: Tensor | None = None
+    _log_probs: Tensor | None = None
 
     @property
     def log_normalizer(self) -> Tensor:
@@ -53,15 +65,40 @@ class Rows:
             self._lse = self.draft_logits.logsumexp(-1)
         return self._lse
 
+    @property
+    def log_probs(self) -> Tensor:
+        """log q [R, Vd]; for K of them take `log_probs_at`, which spares a [R, Vd] tensor."""
+        if self._log_probs is None:
+            self._log_probs = self.draft_logits - self.log_normalizer.unsqueeze(-1)
+        return self._log_probs
+
+    def log_probs_at(self, indices: Tensor) -> Tensor:
+        """log q at the draft indices [R, K], normalised over the whole vocabulary: [R, K]."""
+        return self.draft_logits.gather(-1, indices) - self.log_normalizer.unsqueeze(-1)
+
 
 class LossTerm(nn.Module):
-    """One term of the loss: subclass it, implement `forward(rows) -> [R]`, name it in `model.loss.terms`."""
+    """One term of the loss: subclass it, implement `forward(rows) -> [R]`, name it in `model.loss.terms`.
 
-    def __init__(self, weight: float = 1.0):
+    The weight, and what a term passes through `number`, may be a schedule (schedules.py) instead of a number.
+    """
+
+    weight: float
+
+    def __init__(self, weight: Any = 1.0):
         super().__init__()
-        if weight < 0:
-            raise ValueError(f"the weight of {type(self).__name__} is {weight}: it must not be negative.")
-        self.weight = weight
+        self.schedules: dict[str, Scheduled] = {}
+        self.number("weight", weight, least=0)
+
+    def number(self, name: str, value: Any, least: float | None = None, whole: bool = False) -> None:
+        """Set `self.<name>` to a number, or to what its schedule says at each step."""
+        self.schedules[name] = scheduled(f"model.loss.terms.<{type(self).__name__}>.{name}", value, least, whole)
+        setattr(self, name, self.schedules[name].at(0))
+
+    def set_progress(self, progress: float) -> None:
+        """Bring every number to its value at `progress` (0 to 1)."""
+        for name, schedule in self.schedules.items():
+            setattr(self, name, schedule.at(progress))
 
     def forward(self, rows: Rows) -> Tensor:
         """One loss a row [R], without the weight."""
@@ -71,7 +108,7 @@ class LossTerm(nn.Module):
 class FeatureRegression(LossTerm):
     """L_v = mean_d SmoothL1(f_d - g_d): EAGLE's regression onto the target's feature (hass.md §1.2)."""
 
-    def __init__(self, weight: float = 1.0, beta: float = 1.0):
+    def __init__(self, weight: Any = 1.0, beta: float = 1.0):
         super().__init__(weight)
         self.beta = beta
 
@@ -92,14 +129,13 @@ class SoftCrossEntropy(LossTerm):
 class TopK(LossTerm):
     """HAD: L_topK = -Σ_{v ∈ top-K of p} p_v log q_v; p and q are not renormalised (paper §3.1; hass.md §1.2)."""
 
-    def __init__(self, weight: float = 1.0, k: int = 10):
+    k: int
+
+    def __init__(self, weight: Any = 1.0, k: Any = 10):
         super().__init__(weight)
-        if k < 1:
-            raise ValueError(f"model.loss.terms.top_k.k={k} must be at least 1 (the paper: 10).")
-        self.k = k
+        self.number("k", k, least=1, whole=True)
 
     def forward(self, rows: Rows) -> Tensor:
         """[R]."""
         probs, indices = rows.target.top_k(self.k)
-        log_q = rows.draft_logits.gather(-1, indices) - rows.log_normalizer.unsqueeze(-1)
-        return -torch.linalg.vecdot(probs, log_q)
+        return -torch.linalg.vecdot(probs, rows.log_probs_at(indices))

@@ -67,7 +67,9 @@ class HassModule(L.LightningModule):
         validation_depth: int = 5,
     ):
         super().__init__()
-        self.draft, self.loss, self.alignment = draft, loss, alignment
+        self.draft, self.loss = draft, loss
+        self.planned_alignment = alignment
+        self.alignment = alignment.at(0.0)  # as it is now, see `follow_schedules`
         self.head, self.token_ids = head, token_ids
         self.make_optimizer, self.schedule = optimizer, schedule or Schedule()
         self.validation_depth = validation_depth
@@ -82,6 +84,16 @@ class HassModule(L.LightningModule):
             dtype = torch.bfloat16
         self.head = self.head.to(self.device, dtype)
         self.vocabulary = self.head.draft_vocabulary(self.token_ids)
+
+    def follow_schedules(self) -> None:
+        """Bring scheduled weights, K and depth to where the run is: a function of the step, so resuming is exact."""
+        progress = min(1.0, self.trainer.global_step / max(1, int(self.trainer.estimated_stepping_batches)))
+        self.loss.set_progress(progress)
+        self.alignment = self.planned_alignment.at(progress)
+
+    def on_train_batch_start(self, batch: tuple[FeatureBatch, Tensor], batch_idx: int) -> None:
+        """Follow the schedules."""
+        self.follow_schedules()
 
     def _rows(self, batch: FeatureBatch) -> tuple[Tensor, Tensor, Tensor]:
         """(mask [B, T-1] of rows that count, wanted draft index [R], number of marked rows dropped by the pruning)."""
@@ -127,8 +139,9 @@ class HassModule(L.LightningModule):
         return output.total
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the sums of the last validation."""
+        """Forget the sums of the last validation; its loss is that of the step reached."""
         self._validation = {}
+        self.follow_schedules()
 
     def validation_step(self, batch: tuple[FeatureBatch, Tensor], batch_idx: int) -> None:
         """Loss at the training depth, acceptance simulated to `validation_depth`."""
