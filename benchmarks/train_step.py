@@ -1,0 +1,280 @@
+"""A training step against `naive_hass.py`, a plain form with the official cost structure: tokens/s and peak memory.
+
+    python benchmarks/train_step.py [--threads 2] [--repeats 3] [--skip llama]
+
+Prints tables and one line of JSON: `tokens_per_second_ratio` and `peak_memory_ratio` by alignment depth (ours over the
+naive form, and its memory over ours inverted: below 1 is better), the pruned vocabulary, and the shape of LLaMA-3-8B's
+head. SmolLM2-135M, four conversations of the shipped corpus padded or cut to 512 tokens, with their own loss mask and the
+target's features, fp32. Both forms run on the same batches with the same weights, take a clipped AdamW step, and must
+have the same losses. Times are interleaved in one process. Memory is the peak above what is resident once model and batch
+are loaded, of the first step of a process of its own.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from naive_hass import naive_step
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig
+
+from hass_lightning.cli import config_folder
+from hass_lightning.data.tokens import encode_all
+from hass_lightning.draft import Alignment, EagleDraft
+from hass_lightning.losses import DraftLoss, FeatureRegression, SoftCrossEntropy, TopK
+from hass_lightning.target.head import TargetHead
+from hass_lightning.training.module import HassModule
+from hass_lightning.types import FeatureBatch
+
+DEPTHS = (1, 2, 3, 5)
+BATCH, LENGTH = 4, 512
+PRUNED = 8192
+LLAMA_TOKENS = (64, 128, 256)
+
+
+@dataclass
+class Case:
+    """A head's shape, the frozen ends, and batches."""
+
+    config: LlamaConfig
+    head: TargetHead
+    batches: list[FeatureBatch]
+    token_ids: torch.Tensor | None = None  # the pruned vocabulary
+
+
+def smollm2(num_batches: int, pruned: bool = False) -> Case:
+    """Conversations of the shipped corpus through the quickstart's target."""
+    with initialize_config_dir(config_folder(), version_base="1.3"):
+        config = compose("train", overrides=["target.dtype=float32"])
+    target = instantiate(config.target)
+    conversations = islice(instantiate(config.data.source).load(target), 64)
+    tokens = encode_all(target.tokenizer, conversations, 2048, target.eos_token_ids)
+    batches = []
+    for number in range(num_batches):
+        part = tokens[number * BATCH : (number + 1) * BATCH]
+        input_ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+        loss_mask = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+        for row, sequence in enumerate(part):
+            length = min(LENGTH, len(sequence))
+            input_ids[row, :length], loss_mask[row, :length] = sequence.input_ids[:length], sequence.loss_mask[:length]
+        loss_mask[:, -1] = False  # its answer is cut off
+        features = target.encode(input_ids).clone()
+        target_ids = torch.cat([target.head.logits(rows).argmax(-1)[None] for rows in features])
+        lengths = torch.tensor([len(sequence) for sequence in part])
+        batches.append(FeatureBatch(input_ids, loss_mask, lengths, features, target_ids))
+    token_ids = None
+    if pruned:
+        counts = torch.bincount(torch.cat([sequence.input_ids for sequence in tokens]), minlength=target.head.vocab_size)
+        token_ids = counts.topk(PRUNED).indices.sort().values
+    head = TargetHead(target.head.embed_tokens.clone(), target.head.lm_head.clone())
+    return Case(target.config, head, batches, token_ids)
+
+
+def llama3_8b(num_tokens: int) -> Case:
+    """Random weights in the shape of LLaMA-3-8B's head; all rows but the last count."""
+    config = LlamaConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=1, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    weight = (torch.randn(501, 4096) * 0.02).repeat(256, 1)  # 256 times the same 501 rows: quick to make
+    input_ids = torch.randint(0, 128_256, (1, num_tokens))
+    mask = torch.ones(1, num_tokens, dtype=torch.bool)
+    mask[:, -1] = False
+    features = torch.randn(1, num_tokens, 4096)
+    batch = FeatureBatch(input_ids, mask, torch.tensor([num_tokens]), features, input_ids.clone())
+    return Case(config, TargetHead(weight, weight), [batch])
+
+
+class Trainer:
+    """One form of the step, with weights and an optimizer of its own."""
+
+    def __init__(self, case: Case, form: str, depth: int, adam: bool = True):
+        torch.manual_seed(0)
+        self.case, self.form, self.depth = case, form, depth
+        self.draft = EagleDraft.from_target(case.config)
+        # a small rate: the work is the same, and the forms stay comparable step after step
+        make = partial(torch.optim.AdamW, fused=form == "ours") if adam else torch.optim.SGD
+        self.optimizer = make(self.draft.parameters(), lr=1e-6)
+        loss = DraftLoss({"feature": FeatureRegression(), "soft_ce": SoftCrossEntropy(0.1), "top_k": TopK()})
+        self.module = HassModule(
+            self.draft, loss, Alignment(depth), case.head, torch.optim.AdamW, token_ids=case.token_ids
+        )
+
+    def step(self, batch: FeatureBatch) -> float:
+        """Forward, backward, clip, optimizer; the summed loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.form == "ours":
+            total = self.module.aligned_loss(batch, batch.features).total
+            total.backward()
+            loss = float(total.detach())
+        else:
+            embeddings, features = self.case.head.embed(batch.input_ids[:, 1:]), batch.features
+            parts = (features[:, :-1], features[:, 1:], batch.loss_mask[:, :-1])
+            loss = naive_step(self.draft, self.case.head.lm_head, embeddings, *parts, self.depth)
+        torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 0.5)
+        self.optimizer.step()
+        return loss
+
+
+def operations(case: Case, form: str, depth: int) -> float:
+    """Floating-point operations of the matrix products of one step, mean over the batches."""
+    c, total = case.config, 0.0
+    hidden, wide, vocab = c.hidden_size, c.intermediate_size, len(case.head.draft_vocabulary(case.token_ids))
+    head_dim = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
+    queries, keys = c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim
+    for batch in case.batches:
+        tokens = batch.input_ids[:, 1:].numel()
+        marked = int(batch.loss_mask[:, :-1].sum()) if form == "ours" else tokens
+        total += 2 * marked * hidden * vocab  # the target
+        for step in range(1, depth + 1):
+            bands = 1 if form == "ours" else step
+            fuse = tokens * 2 * hidden * hidden * bands * 2  # forward, weight gradient
+            keys_values = tokens * hidden * 2 * keys * bands * 3
+            own = 3 * (tokens * hidden * queries + marked * (queries * hidden + 3 * hidden * wide))
+            lm_head = marked * hidden * vocab * 2  # forward, feature gradient
+            square = tokens * batch.input_ids.shape[1] * queries
+            attention = square * (1 + 2.5 / 1) if form == "ours" else square * 2 * bands * 3
+            total += 2 * (fuse + keys_values + own + lm_head + attention)
+    return total / len(case.batches)
+
+
+def machine_rates() -> tuple[float, float]:
+    """(multiplications and additions a second of a large matrix product, bytes a second of a copy), the best of five."""
+    a, b, block = torch.randn(512, 576), torch.randn(576, 16_384), torch.zeros(1 << 25)
+    output, other = torch.empty(512, 16_384), torch.zeros(1 << 25)
+    best = {"product": float("inf"), "copy": float("inf")}
+    for _ in range(5):
+        for name, work in (("product", lambda: torch.mm(a, b, out=output)), ("copy", lambda: other.copy_(block))):
+            start = perf_counter()
+            work()
+            best[name] = min(best[name], perf_counter() - start)
+    return 2 * 512 * 576 * 16_384 / best["product"], 2 * 4 * (1 << 25) / best["copy"]
+
+
+def timed(trainers: dict[str, Trainer], repeats: int, check: bool = True) -> dict[str, float]:
+    """Median seconds a step of each, interleaved over the same batches; the losses must agree."""
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for number in range(repeats + 1):
+        losses = {}
+        for name in random.Random(number).sample(list(trainers), len(trainers)):
+            trainer = trainers[name]
+            batch = trainer.case.batches[number % len(trainer.case.batches)]
+            start = perf_counter()
+            losses[name] = trainer.step(batch)
+            if number > 0:  # the first round warms up
+                seconds[name].append(perf_counter() - start)
+        if check:
+            first = next(iter(losses.values()))
+            assert all(abs(loss - first) < 1e-4 * abs(first) for loss in losses.values()), losses
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def peak_megabytes(form: str, shape: str, depth: int, threads: int) -> float:
+    """Peak resident memory of a first step above what was resident before it, in a process of its own."""
+    own = [sys.executable, __file__, "--threads", str(threads), "--one", form, shape, str(depth)]
+    done = subprocess.run(own, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return float(done.stdout.splitlines()[-1])
+
+
+def measure_peak(form: str, shape: str, depth: int) -> float:
+    """The work of `peak_megabytes`' process. Linux forgets the old peak when 5 is written to clear_refs."""
+    case = llama3_8b(int(shape)) if shape.isdigit() else smollm2(1, shape == "pruned")
+    trainer = Trainer(case, form, depth, adam=not shape.isdigit())
+
+    def kilobytes(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+    torch.ones(64, 64) @ torch.ones(64, 64)  # the library's own buffers
+    Path("/proc/self/clear_refs").write_text("5")
+    before = kilobytes("VmRSS")
+    trainer.step(case.batches[0])
+    return (kilobytes("VmHWM") - before) / 1024
+
+
+def llama_row(threads: int) -> dict:
+    """Peak memory of depth 3 at the shape of LLaMA-3-8B's head: measured with few tokens, extrapolated to 2,048."""
+    found: dict = {"model": "peak = fixed + per_token x tokens (least squares over the measured sizes)"}
+    for form in ("naive", "ours"):
+        peaks = {size: peak_megabytes(form, str(size), 3, threads) for size in LLAMA_TOKENS}
+        x = torch.tensor([[1.0, size] for size in peaks], dtype=torch.float64)
+        y = torch.tensor(list(peaks.values()), dtype=torch.float64)
+        fixed, per_token = torch.linalg.lstsq(x, y[:, None]).solution.flatten().tolist()
+        at_2048 = fixed + 2048 * per_token
+        found[form] = {"measured_mb": peaks, "fixed_mb": fixed, "per_token_mb": per_token, "at_2048_mb": at_2048}
+    found["peak_memory_ratio"] = found["ours"]["at_2048_mb"] / found["naive"]["at_2048_mb"]
+    return found
+
+
+def rounded(value):
+    """Four significant digits in every number of a nested result."""
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--skip", nargs="*", default=[], choices=["llama", "memory"])
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.one:
+        form, shape, depth = arguments.one
+        print(measure_peak(form, shape, int(depth)))
+        return
+    console = Console(width=140)
+    rate, copy_rate = machine_rates()
+    full, pruned = smollm2(arguments.repeats), smollm2(arguments.repeats, pruned=True)
+    tokens = BATCH * LENGTH
+    marked = sum(float(batch.loss_mask.float().mean()) for batch in full.batches) / len(full.batches)
+    rows, result = [], {"tokens_per_second_ratio": {}, "peak_memory_ratio": {}}
+    times = {}
+    for name, depth, case in [*((str(d), d, full) for d in DEPTHS), ("pruned", 3, pruned)]:
+        pair = {"naive": Trainer(full, "naive", depth), "ours": Trainer(case, "ours", depth)}
+        times[name] = seconds = timed(pair, arguments.repeats, check=name != "pruned")
+        peaks = {}
+        if "memory" not in arguments.skip:
+            peaks = {form: peak_megabytes(form, name if form == "ours" else "full", depth, arguments.threads) for form in pair}
+            result["peak_memory_ratio"][name] = peaks["ours"] / peaks["naive"]
+        result["tokens_per_second_ratio"][name] = seconds["naive"] / seconds["ours"]
+        for form, trainer in pair.items():
+            floor = operations(trainer.case, form, depth) / rate
+            row = {"case": name, "form": form, "tokens_per_second": tokens / seconds[form]}
+            rows.append(row | {"seconds": seconds[form], "floor_seconds": floor, "peak_mb": peaks.get(form)})
+    cost = times["3"]["ours"] / times["1"]["ours"]
+    arithmetic = operations(full, "ours", 3) / operations(full, "ours", 1)
+    result["depth3_over_depth1"] = {"time": cost, "flops": arithmetic, "time_over_flops": cost / arithmetic}
+    table = Table("depth", "form", "tokens/s", "s a step", "floor s", "over floor", "peak MB", title="SmolLM2-135M, 4 x 512")
+    for row in rows:
+        over = row["seconds"] / row["floor_seconds"]
+        peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+        numbers = (f"{row['tokens_per_second']:.0f}", *(f"{row[k]:.2f}" for k in ("seconds", "floor_seconds")))
+        table.add_row(row["case"], row["form"], *numbers, f"{over:.2f}", peak)
+    console.print(table)
+    console.print(f"marked rows {marked:.1%}; depth 3 over depth 1: time {cost:.2f}, arithmetic {arithmetic:.2f}")
+    if "llama" not in arguments.skip:
+        result["llama3_8b_head"] = llama_row(arguments.threads)
+        console.print(result["llama3_8b_head"])
+    machine = {"gflops": rate / 1e9, "copy_gb_per_second": copy_rate / 1e9, "threads": arguments.threads}
+    machine["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    print(json.dumps(rounded(result | {"marked": marked, "machine": machine, "rows": {f"{r['case']}/{r['form']}": r for r in rows}})))
+
+
+if __name__ == "__main__":
+    main()
