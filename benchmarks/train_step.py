@@ -2,12 +2,12 @@
 
     python benchmarks/train_step.py [--threads 2] [--repeats 3] [--skip llama]
 
-Prints tables and one line of JSON: `tokens_per_second_ratio` and `peak_memory_ratio` by alignment depth (ours over the
-naive form, and its memory over ours inverted: below 1 is better), the pruned vocabulary, and the shape of LLaMA-3-8B's
-head. SmolLM2-135M, four conversations of the shipped corpus padded or cut to 512 tokens, with their own loss mask and the
-target's features, fp32. Both forms run on the same batches with the same weights, take a clipped AdamW step, and must
-have the same losses. Times are interleaved in one process. Memory is the peak above what is resident once model and batch
-are loaded, of the first step of a process of its own.
+Prints tables and one line of JSON with `tokens_per_second_ratio` and `peak_memory_ratio` by alignment depth (ours over
+the naive form), for a pruned vocabulary, and the memory at the shape of LLaMA-3-8B's head. SmolLM2-135M, fp32, four
+conversations of the shipped corpus padded or cut to 512 tokens, with their own loss mask and the target's features.
+Both forms run on the same batches with the same weights, take a clipped AdamW step, and have the same losses to 1e-4.
+Times are interleaved in one process. Memory is the peak above what is resident once model and batch are loaded, of the
+first step of a process of its own.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import json
 import random
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -51,10 +51,11 @@ class Case:
     config: LlamaConfig
     head: TargetHead
     batches: list[FeatureBatch]
-    token_ids: torch.Tensor | None = None  # the pruned vocabulary
+    frequent: torch.Tensor | None = None  # the tokens that a pruned vocabulary keeps
+    token_ids: torch.Tensor | None = None  # of the draft vocabulary, None = all
 
 
-def smollm2(num_batches: int, pruned: bool = False) -> Case:
+def smollm2(num_batches: int) -> Case:
     """Conversations of the shipped corpus through the quickstart's target."""
     with initialize_config_dir(config_folder(), version_base="1.3"):
         config = compose("train", overrides=["target.dtype=float32"])
@@ -74,12 +75,10 @@ def smollm2(num_batches: int, pruned: bool = False) -> Case:
         target_ids = torch.cat([target.head.logits(rows).argmax(-1)[None] for rows in features])
         lengths = torch.tensor([len(sequence) for sequence in part])
         batches.append(FeatureBatch(input_ids, loss_mask, lengths, features, target_ids))
-    token_ids = None
-    if pruned:
-        counts = torch.bincount(torch.cat([sequence.input_ids for sequence in tokens]), minlength=target.head.vocab_size)
-        token_ids = counts.topk(PRUNED).indices.sort().values
+    every = torch.cat([sequence.input_ids for sequence in tokens])
+    frequent = torch.bincount(every, minlength=target.head.vocab_size).topk(PRUNED).indices.sort().values
     head = TargetHead(target.head.embed_tokens.clone(), target.head.lm_head.clone())
-    return Case(target.config, head, batches, token_ids)
+    return Case(target.config, head, batches, frequent)
 
 
 def llama3_8b(num_tokens: int) -> Case:
@@ -152,7 +151,7 @@ def operations(case: Case, form: str, depth: int) -> float:
 
 
 def machine_rates() -> tuple[float, float]:
-    """(multiplications and additions a second of a large matrix product, bytes a second of a copy), the best of five."""
+    """(operations a second of a large matrix product, bytes a second of a copy), the best of five."""
     a, b, block = torch.randn(512, 576), torch.randn(576, 16_384), torch.zeros(1 << 25)
     output, other = torch.empty(512, 16_384), torch.zeros(1 << 25)
     best = {"product": float("inf"), "copy": float("inf")}
@@ -191,7 +190,9 @@ def peak_megabytes(form: str, shape: str, depth: int, threads: int) -> float:
 
 def measure_peak(form: str, shape: str, depth: int) -> float:
     """The work of `peak_megabytes`' process. Linux forgets the old peak when 5 is written to clear_refs."""
-    case = llama3_8b(int(shape)) if shape.isdigit() else smollm2(1, shape == "pruned")
+    case = llama3_8b(int(shape)) if shape.isdigit() else smollm2(1)
+    if shape == "pruned":
+        case = replace(case, token_ids=case.frequent)
     trainer = Trainer(case, form, depth, adam=not shape.isdigit())
 
     def kilobytes(name: str) -> int:
@@ -240,7 +241,8 @@ def main() -> None:
         return
     console = Console(width=140)
     rate, copy_rate = machine_rates()
-    full, pruned = smollm2(arguments.repeats), smollm2(arguments.repeats, pruned=True)
+    full = smollm2(arguments.repeats)
+    pruned = replace(full, token_ids=full.frequent)
     tokens = BATCH * LENGTH
     marked = sum(float(batch.loss_mask.float().mean()) for batch in full.batches) / len(full.batches)
     rows, result = [], {"tokens_per_second_ratio": {}, "peak_memory_ratio": {}}
@@ -250,7 +252,8 @@ def main() -> None:
         times[name] = seconds = timed(pair, arguments.repeats, check=name != "pruned")
         peaks = {}
         if "memory" not in arguments.skip:
-            peaks = {form: peak_megabytes(form, name if form == "ours" else "full", depth, arguments.threads) for form in pair}
+            shapes = {"naive": "full", "ours": "pruned" if name == "pruned" else "full"}
+            peaks = {form: peak_megabytes(form, shape, depth, arguments.threads) for form, shape in shapes.items()}
             result["peak_memory_ratio"][name] = peaks["ours"] / peaks["naive"]
         result["tokens_per_second_ratio"][name] = seconds["naive"] / seconds["ours"]
         for form, trainer in pair.items():
@@ -260,7 +263,7 @@ def main() -> None:
     cost = times["3"]["ours"] / times["1"]["ours"]
     arithmetic = operations(full, "ours", 3) / operations(full, "ours", 1)
     result["depth3_over_depth1"] = {"time": cost, "flops": arithmetic, "time_over_flops": cost / arithmetic}
-    table = Table("depth", "form", "tokens/s", "s a step", "floor s", "over floor", "peak MB", title="SmolLM2-135M, 4 x 512")
+    table = Table("depth", "form", "tokens/s", "s a step", "floor s", "over floor", "peak MB", title="SmolLM2, 4 x 512")
     for row in rows:
         over = row["seconds"] / row["floor_seconds"]
         peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
@@ -273,7 +276,8 @@ def main() -> None:
         console.print(result["llama3_8b_head"])
     machine = {"gflops": rate / 1e9, "copy_gb_per_second": copy_rate / 1e9, "threads": arguments.threads}
     machine["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    print(json.dumps(rounded(result | {"marked": marked, "machine": machine, "rows": {f"{r['case']}/{r['form']}": r for r in rows}})))
+    result |= {"marked": marked, "machine": machine, "rows": {f"{row['case']}/{row['form']}": row for row in rows}}
+    print(json.dumps(rounded(result)))
 
 
 if __name__ == "__main__":

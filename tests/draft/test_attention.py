@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from hass_lightning.draft import Alignment, EagleDraft, unroll
 from hass_lightning.draft.attention import banded_attention
+from live_tensors import Shapes
 
 B, H, G, D = 2, 4, 2, 8
 
@@ -73,21 +73,6 @@ def test_flex_is_the_oracle_on_a_gpu():
         torch.testing.assert_close(ours, oracle, atol=1e-3, rtol=0)
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return output
-
-
 @pytest.mark.parametrize(("form", "square"), [("flash", False), ("eager", True)])
 def test_no_tensor_grows_with_the_square_of_the_length(form, square):
     length, size = 400, 32
@@ -97,10 +82,10 @@ def test_no_tensor_grows_with_the_square_of_the_length(form, square):
     )  # fmt: skip
     draft = EagleDraft(config, attention=form)
     rows = torch.randn(2, 1, length, size)
-    with Largest() as largest:
+    with Shapes() as shapes:
         sum(f.square().sum() for f in unroll(draft, rows[0], rows[1], Alignment(3))).backward()
-    assert (largest.elements >= 4 * length**2) == square
-    assert square or largest.elements <= 3 * length * 2 * size
+    assert (shapes.largest >= 4 * length**2) == square
+    assert square or shapes.largest <= 3 * length * 2 * size
 
 
 def test_an_unknown_form_names_the_key():

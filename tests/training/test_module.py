@@ -205,6 +205,18 @@ def test_a_feature_that_is_no_number_is_noticed(tiny, data, tmp_path, monkeypatc
         trainer.fit(make_module(tiny), datamodule=data)
 
 
+def test_online_and_cached_features_give_the_same_loss_curve(tiny, data_folder, tmp_path):
+    curves = []
+    for features in ("cached", "online"):
+        data = make_data(tiny, data_folder, features=features, noise=0.1)
+        logger = CSVLogger(tmp_path / features, name="", version="")
+        trainer = make_small_trainer(data, tmp_path, loggers=[logger], max_steps=8, max_epochs=None)
+        trainer.fit(make_module(tiny), datamodule=data)
+        curves.append(column(tmp_path / features, "train/loss"))
+    assert len(curves[0]) == 8
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
 def test_early_stopping_stops(tiny, data, tmp_path):
     stopper = EarlyStopping("val/acceptance_length", mode="max", patience=2, min_delta=100.0)
     trainer = make_small_trainer(data, tmp_path, [stopper], max_steps=40, max_epochs=None, val_check_interval=3)

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Form = Literal["auto", "eager", "flash", "flex"]
 Band = tuple[Tensor, Tensor]  # keys and values, each [B, G, T, d]
@@ -115,7 +116,9 @@ def _leaky(queries: Tensor, bands: Sequence[Band]) -> Tensor:
     return output.reshape(queries.shape)  # type: ignore[union-attr]
 
 
-def _merged(causal: Tensor, causal_lse: Tensor, queries: Tensor, bands: Sequence[Band]) -> tuple[Tensor, Tensor, Tensor]:
+def _merged(
+    causal: Tensor, causal_lse: Tensor, queries: Tensor, bands: Sequence[Band]
+) -> tuple[Tensor, Tensor, Tensor]:
     """One softmax over the causal part and the predicted bands' single keys.
 
     Args:
@@ -127,21 +130,21 @@ def _merged(causal: Tensor, causal_lse: Tensor, queries: Tensor, bands: Sequence
     num_rows, head_dim = queries.shape[-2:]
     wide, last, groups = _wide(queries.dtype), len(bands) - 1, bands[0][0].shape[1]
     q = _grouped(queries, groups).to(wide)
-    scores = [torch.nn.functional.pad(causal_lse.to(wide), (last, 0), value=float("-inf"))]
+    scores = [F.pad(causal_lse.to(wide), (last, 0), value=float("-inf"))]
     for band in range(1, len(bands)):
         shift = last - band
         keys = bands[band][0].unsqueeze(2)[..., : num_rows - shift, :]
         diagonal = (q[..., shift:, :] * keys).sum(-1).flatten(1, 2) * head_dim**-0.5
-        scores.append(torch.nn.functional.pad(diagonal, (shift, 0), value=float("-inf")))
+        scores.append(F.pad(diagonal, (shift, 0), value=float("-inf")))
     stacked = torch.stack(scores)  # [J, B, H, T]
     lse = stacked.logsumexp(0)
     weights = (stacked - lse).exp()
-    output = torch.nn.functional.pad(causal, (0, 0, last, 0)) * weights[0, ..., None]
+    output = F.pad(causal, (0, 0, last, 0)) * weights[0, ..., None]
     for band in range(1, len(bands)):
         shift = last - band
         values = bands[band][1].unsqueeze(2)[..., : num_rows - shift, :]
         seen = _grouped(weights[band], groups)[..., shift:, None] * values
-        output = output + torch.nn.functional.pad(seen.flatten(1, 2), (0, 0, shift, 0))
+        output = output + F.pad(seen.flatten(1, 2), (0, 0, shift, 0))
     return output.to(queries.dtype), lse, weights[1:]
 
 
@@ -181,9 +184,9 @@ class _Flash(torch.autograd.Function):
         gradient = upstream[0].to(wide)
         mean = (gradient * output).sum(-1)  # [B, H, T], Σ over keys of weight · dweight
         q, g = _grouped(queries, groups).to(wide), _grouped(gradient, groups)
-        to_queries = torch.nn.functional.pad(own[0].to(wide), (0, 0, last, 0))
+        to_queries = F.pad(own[0].to(wide), (0, 0, last, 0))
         by_group = _grouped(to_queries, groups)  # a view
-        result = [torch.nn.functional.pad(tensor, (0, 0, 0, last)) for tensor in own[1:]]
+        result = [F.pad(tensor, (0, 0, 0, last)) for tensor in own[1:]]
         for band in range(1, last + 1):
             shift = last - band
             key, value = (tensor.unsqueeze(2)[..., : num_rows - shift, :] for tensor in bands[band])
@@ -192,7 +195,7 @@ class _Flash(torch.autograd.Function):
             by_group[..., shift:, :] += to_score.unsqueeze(-1) * key
             to_key = (to_score.unsqueeze(-1) * q[..., shift:, :]).sum(2)
             to_value = (weight.unsqueeze(-1) * g_seen).sum(2)
-            result += [torch.nn.functional.pad(x, (0, 0, 0, shift)).to(queries.dtype) for x in (to_key, to_value)]
+            result += [F.pad(x, (0, 0, 0, shift)).to(queries.dtype) for x in (to_key, to_value)]
         return to_queries.to(queries.dtype), *result
 
 
