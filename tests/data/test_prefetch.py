@@ -1,6 +1,7 @@
 """Reading ahead: the same batches, before they are asked for; errors and early ends leave no thread behind."""
 
 import threading
+import time
 
 import pytest
 
@@ -46,6 +47,16 @@ def test_the_next_batches_are_read_while_the_first_is_used():
     assert source.reached.wait(10)  # 2 more batches without being asked for
     batches.close()
     assert not running()
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_what_the_reader_waits_for_is_counted(ahead, monkeypatch):
+    source, original = Source(), Source.__getitem__
+    monkeypatch.setattr(Source, "__getitem__", lambda self, index: time.sleep(0.005) or original(self, index))
+    batches = loader(source, ahead)
+    assert batches.waited_seconds == 0
+    assert len(list(batches)) == 6
+    assert batches.waited_seconds >= 0.05  # a reader that does nothing waits for nearly all of 12 reads
 
 
 def test_an_error_reaches_the_reader():

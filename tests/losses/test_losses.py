@@ -6,7 +6,7 @@ from math import prod
 import pytest
 import torch
 
-from hass_lightning.losses import DraftLoss, FeatureRegression, Rows, SoftCrossEntropy, TargetRows, TopK
+from hass_lightning.losses import DraftLoss, FeatureRegression, LossTerm, Rows, SoftCrossEntropy, TargetRows, TopK
 from hass_lightning.target.head import DraftVocabulary
 from live_tensors import Shapes
 
@@ -88,6 +88,33 @@ def test_soft_targets_and_their_top_k_are_computed_once_for_all_steps_and_terms(
     terms = {"soft_ce": SoftCrossEntropy(), "a": TopK(k=4), "b": TopK(0.5, k=4)}
     DraftLoss(terms, 4)(steps, target, vocabulary, torch.zeros(R, dtype=torch.int64), R)
     assert calls == {"softmax": 2, "topk": 2}  # once in each of the two chunks
+
+
+class ByLogits(LossTerm):
+    """HASS's loss without the feature term, from the logits alone: the long way for any term."""
+
+    def forward(self, rows):
+        log_q = rows.draft_logits.log_softmax(-1)
+        top, indices = rows.target.top_k(4)
+        return -0.1 * (rows.target.probs * log_q).sum(-1) - (top * log_q.gather(-1, indices)).sum(-1)
+
+
+def test_the_short_ways_of_rows_have_the_gradient_of_the_logits():
+    """Alone, and together with a term that uses the logits themselves."""
+    steps, target, vocabulary = make()
+    short = {"soft_ce": SoftCrossEntropy(0.1), "top_k": TopK(k=4)}
+    totals = [
+        DraftLoss(terms, 3)(steps, target, vocabulary, torch.zeros(R, dtype=torch.int64), R).total
+        for terms in (short, {"long": ByLogits()}, {**short, "long": ByLogits(2.0)}, {"top_k": TopK(k=4)})
+    ]
+    gradients = [torch.autograd.grad(total, steps) for total in totals]
+    torch.testing.assert_close(totals[0], totals[1], atol=1e-12, rtol=0)
+    for both, long, mixed in zip(*gradients[:3], strict=True):
+        torch.testing.assert_close(both, long, atol=1e-12, rtol=0)
+        torch.testing.assert_close(mixed, 3 * long, atol=1e-12, rtol=0)
+    standalone = Rows(steps[0], vocabulary.logits(steps[0]), TargetRows(target, vocabulary.logits(target)), 1)
+    (expected,) = torch.autograd.grad(TopK(k=4)(standalone).sum() / R, steps[0])
+    torch.testing.assert_close(gradients[3][0], expected, atol=1e-12, rtol=0)
 
 
 def test_top_k_of_the_whole_vocabulary_is_soft_cross_entropy():

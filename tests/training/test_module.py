@@ -68,6 +68,19 @@ def test_two_processes_have_the_gradient_of_one_with_both_batches(tiny, batches)
         torch.testing.assert_close((a + b) / 2, c, atol=1e-6, rtol=1e-4)
 
 
+def test_a_bucket_of_sequences_has_the_loss_and_gradient_of_each_alone(tiny, data):
+    """Padding, neighbours and chunks change nothing: no diagonal and no causal column leaves its sequence."""
+    dataset = FeatureDataset(data.stores()[0])
+    rows = [dataset[index] for index in range(5)]
+    module = make_module(tiny)
+    together = module.aligned_loss(*collate(rows), normalizer=1.0).total
+    alone = sum(module.aligned_loss(*collate([row]), normalizer=1.0).total for row in rows)
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
+    parameters = list(module.draft.parameters())
+    for a, b in zip(*(torch.autograd.grad(loss, parameters) for loss in (together, alone)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
 def test_the_logged_loss_is_the_weighted_mean_over_rows_summed_over_steps(tiny, batches):
     module = make_module(tiny, depth=2)
     _, logged = step(module, batches[2])

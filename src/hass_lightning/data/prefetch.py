@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,17 +12,28 @@ from torch.utils.data import DataLoader
 
 
 class PrefetchingLoader(DataLoader):
-    """A DataLoader that reads `ahead` batches in a thread while the last one is trained on (0: none)."""
+    """A DataLoader that reads `ahead` batches in a thread while the last one is trained on (0: none).
+
+    Attributes:
+        waited_seconds: what its readers have waited for batches so far.
+    """
 
     def __init__(self, *args: Any, ahead: int = 0, **kwargs: Any):
-        self.ahead = ahead
+        self.ahead, self.waited_seconds = ahead, 0.0
         super().__init__(*args, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = self._read_ahead() if self.ahead else super().__iter__()
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)  # a batch is never None
+            self.waited_seconds += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def _read_ahead(self) -> Iterator[Any]:
         batches = super().__iter__()
-        if not self.ahead:
-            yield from batches
-            return
         ready: queue.Queue[Any] = queue.Queue(self.ahead)
         stopped, end = threading.Event(), object()
 

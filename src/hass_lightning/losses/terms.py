@@ -38,7 +38,11 @@ class TargetRows:
 
 @dataclass
 class Rows:
-    """The rows a loss term sees: the draft's side with gradient, the target's without."""
+    """The rows a loss term sees: the draft's side with gradient, the target's without.
+
+    `draft_logits` serves any term. What the methods give is the same by a cheaper way: `DraftLoss` then takes the gradient
+    without a [R, Vd] tensor for each of them (chunk.py).
+    """
 
     draft_features: Tensor  # [R, D], f
     draft_logits: Tensor  # [R, Vd], z = H f
@@ -52,6 +56,19 @@ class Rows:
         if self._lse is None:
             self._lse = self.draft_logits.logsumexp(-1)
         return self._lse
+
+    @property
+    def expected_logit(self) -> Tensor:
+        """Σ_v p_v z_v [R], under the target's distribution."""
+        return torch.linalg.vecdot(self.target.probs, self.draft_logits)
+
+    def logits_at(self, indices: Tensor) -> Tensor:
+        """z at the draft indices [R, K]: [R, K]."""
+        return self.draft_logits.gather(-1, indices)
+
+    def log_probs_at(self, indices: Tensor) -> Tensor:
+        """log q at the draft indices [R, K], normalised over the whole vocabulary: [R, K]."""
+        return self.logits_at(indices) - self.log_normalizer.unsqueeze(-1)
 
 
 class LossTerm(nn.Module):
@@ -86,7 +103,7 @@ class SoftCrossEntropy(LossTerm):
 
     def forward(self, rows: Rows) -> Tensor:
         """[R]."""
-        return rows.log_normalizer - torch.linalg.vecdot(rows.target.probs, rows.draft_logits)
+        return rows.log_normalizer - rows.expected_logit
 
 
 class TopK(LossTerm):
@@ -101,5 +118,4 @@ class TopK(LossTerm):
     def forward(self, rows: Rows) -> Tensor:
         """[R]."""
         probs, indices = rows.target.top_k(self.k)
-        log_q = rows.draft_logits.gather(-1, indices) - rows.log_normalizer.unsqueeze(-1)
-        return -torch.linalg.vecdot(probs, log_q)
+        return -torch.linalg.vecdot(probs, rows.log_probs_at(indices))

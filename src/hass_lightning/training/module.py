@@ -176,6 +176,9 @@ class HassModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer and a per-step schedule over Lightning's own count of optimizer steps."""
         optimizer = self.make_optimizer([p for p in self.draft.parameters() if p.requires_grad])
+        if self.trainer.precision != "16-mixed" and hasattr(optimizer, "_step_supports_amp_scaling"):
+            # Lightning refuses to clip for a fused optimizer that could unscale by itself; without a scaler none does
+            optimizer._step_supports_amp_scaling = False
         num_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
