@@ -70,6 +70,6 @@ def naive_step(
         feature = (wanted * F.smooth_l1_loss(estimate, targets, reduction="none").mean(-1)).sum() / count
         loss = feature + 0.1 * soft + top_k
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
         bands.append(torch.cat([inputs[:, :1], estimate[:, :-1]], dim=1).detach())
     return total

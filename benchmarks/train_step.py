@@ -15,12 +15,13 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -38,7 +39,6 @@ from hass_lightning.target.head import TargetHead
 from hass_lightning.training.module import HassModule
 from hass_lightning.types import FeatureBatch
 
-DEPTHS = (1, 2, 3, 5)
 BATCH, LENGTH = 4, 512
 PRUNED = 8192
 LLAMA_TOKENS = (64, 128, 256)
@@ -151,46 +151,56 @@ def operations(case: Case, form: str, depth: int) -> float:
 
 
 def machine_rates() -> tuple[float, float]:
-    """(operations a second of a large matrix product, bytes a second of a copy), the best of five."""
+    """(operations of a large matrix product, bytes of a copy) a CPU second, the best of five."""
     a, b, block = torch.randn(512, 576), torch.randn(576, 16_384), torch.zeros(1 << 25)
     output, other = torch.empty(512, 16_384), torch.zeros(1 << 25)
     best = {"product": float("inf"), "copy": float("inf")}
     for _ in range(5):
         for name, work in (("product", lambda: torch.mm(a, b, out=output)), ("copy", lambda: other.copy_(block))):
-            start = perf_counter()
+            start = process_time()  # of all threads, as the CPU seconds of a step
             work()
-            best[name] = min(best[name], perf_counter() - start)
+            best[name] = min(best[name], process_time() - start)
     return 2 * 512 * 576 * 16_384 / best["product"], 2 * 4 * (1 << 25) / best["copy"]
 
 
-def timed(trainers: dict[str, Trainer], repeats: int, check: bool = True) -> dict[str, float]:
-    """Median seconds a step of each, interleaved over the same batches; the losses must agree."""
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    for number in range(repeats + 1):
+def first_tokens(batch: FeatureBatch, count: int) -> FeatureBatch:
+    """The batch's first `count` columns, all of them marked."""
+    cut = {name: getattr(batch, name)[:, :count] for name in ("input_ids", "features", "target_ids")}
+    return replace(batch, **cut, loss_mask=torch.ones_like(batch.loss_mask[:, :count]))
+
+
+def timed(trainers: dict[str, Trainer], repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds (of the clock, and of the CPU) a step of each, interleaved over the same batches.
+
+    The losses of `naive` and `ours` must agree.
+    """
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in trainers}
+    for trainer in trainers.values():  # gradients and optimizer state exist from here on
+        trainer.step(first_tokens(trainer.case.batches[0], 64))
+    for number in range(repeats):
         losses = {}
         for name in random.Random(number).sample(list(trainers), len(trainers)):
             trainer = trainers[name]
-            batch = trainer.case.batches[number % len(trainer.case.batches)]
-            start = perf_counter()
-            losses[name] = trainer.step(batch)
-            if number > 0:  # the first round warms up
-                seconds[name].append(perf_counter() - start)
-        if check:
-            first = next(iter(losses.values()))
-            assert all(abs(loss - first) < 1e-4 * abs(first) for loss in losses.values()), losses
-    return {name: median(values) for name, values in seconds.items()}
+            start = perf_counter(), process_time()
+            losses[name] = trainer.step(trainer.case.batches[number % len(trainer.case.batches)])
+            spent[name].append((perf_counter() - start[0], process_time() - start[1]))
+        assert abs(losses["ours"] - losses["naive"]) < 1e-4 * abs(losses["naive"]), losses
+    return {
+        name: {"seconds": median(wall for wall, _ in pairs), "cpu_seconds": median(cpu for _, cpu in pairs)}
+        for name, pairs in spent.items()
+    }
 
 
-def peak_megabytes(form: str, shape: str, depth: int, threads: int) -> float:
+def peak_megabytes(form: str, shape: str, depth: int, threads: int, saved: str = "-") -> float:
     """Peak resident memory of a first step above what was resident before it, in a process of its own."""
-    own = [sys.executable, __file__, "--threads", str(threads), "--one", form, shape, str(depth)]
+    own = [sys.executable, __file__, "--threads", str(threads), "--one", form, shape, str(depth), saved]
     done = subprocess.run(own, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
     return float(done.stdout.splitlines()[-1])
 
 
-def measure_peak(form: str, shape: str, depth: int) -> float:
+def measure_peak(form: str, shape: str, depth: int, saved: str) -> float:
     """The work of `peak_megabytes`' process. Linux forgets the old peak when 5 is written to clear_refs."""
-    case = llama3_8b(int(shape)) if shape.isdigit() else smollm2(1)
+    case = llama3_8b(int(shape)) if shape.isdigit() else torch.load(saved, weights_only=False)
     if shape == "pruned":
         case = replace(case, token_ids=case.frequent)
     trainer = Trainer(case, form, depth, adam=not shape.isdigit())
@@ -232,52 +242,69 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip", nargs="*", default=[], choices=["llama", "memory"])
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3, 5])
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.one:
-        form, shape, depth = arguments.one
-        print(measure_peak(form, shape, int(depth)))
+        form, shape, depth, saved = arguments.one
+        print(measure_peak(form, shape, int(depth), saved))
         return
     console = Console(width=140)
     rate, copy_rate = machine_rates()
     full = smollm2(arguments.repeats)
-    pruned = replace(full, token_ids=full.frequent)
-    tokens = BATCH * LENGTH
     marked = sum(float(batch.loss_mask.float().mean()) for batch in full.batches) / len(full.batches)
-    rows, result = [], {"tokens_per_second_ratio": {}, "peak_memory_ratio": {}}
-    times = {}
-    for name, depth, case in [*((str(d), d, full) for d in DEPTHS), ("pruned", 3, pruned)]:
-        pair = {"naive": Trainer(full, "naive", depth), "ours": Trainer(case, "ours", depth)}
-        times[name] = seconds = timed(pair, arguments.repeats, check=name != "pruned")
-        peaks = {}
-        if "memory" not in arguments.skip:
-            shapes = {"naive": "full", "ours": "pruned" if name == "pruned" else "full"}
-            peaks = {form: peak_megabytes(form, shape, depth, arguments.threads) for form, shape in shapes.items()}
-            result["peak_memory_ratio"][name] = peaks["ours"] / peaks["naive"]
-        result["tokens_per_second_ratio"][name] = seconds["naive"] / seconds["ours"]
-        for form, trainer in pair.items():
-            floor = operations(trainer.case, form, depth) / rate
-            row = {"case": name, "form": form, "tokens_per_second": tokens / seconds[form]}
-            rows.append(row | {"seconds": seconds[form], "floor_seconds": floor, "peak_mb": peaks.get(form)})
-    cost = times["3"]["ours"] / times["1"]["ours"]
-    arithmetic = operations(full, "ours", 3) / operations(full, "ours", 1)
-    result["depth3_over_depth1"] = {"time": cost, "flops": arithmetic, "time_over_flops": cost / arithmetic}
-    table = Table("depth", "form", "tokens/s", "s a step", "floor s", "over floor", "peak MB", title="SmolLM2, 4 x 512")
-    for row in rows:
-        over = row["seconds"] / row["floor_seconds"]
-        peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
-        numbers = (f"{row['tokens_per_second']:.0f}", *(f"{row[k]:.2f}" for k in ("seconds", "floor_seconds")))
-        table.add_row(row["case"], row["form"], *numbers, f"{over:.2f}", peak)
+    rows: dict[str, dict] = {}
+    folder = tempfile.TemporaryDirectory()
+    saved = f"{folder.name}/case.pt"
+    torch.save(replace(full, batches=full.batches[:1]), saved)
+    for depth in arguments.depths:
+        trainers = {"naive": Trainer(full, "naive", depth), "ours": Trainer(full, "ours", depth)}
+        if depth == 3:
+            trainers["pruned"] = Trainer(replace(full, token_ids=full.frequent), "ours", depth)
+        for name, seconds in timed(trainers, arguments.repeats).items():
+            floor = operations(trainers[name].case, trainers[name].form, depth) / rate
+            rows[f"{depth}/{name}"] = {
+                **seconds,
+                "tokens_per_second": BATCH * LENGTH / seconds["seconds"],
+                "floor": floor,
+            }
+            if "memory" not in arguments.skip:
+                shape = "pruned" if name == "pruned" else "full"
+                rows[f"{depth}/{name}"]["peak_mb"] = peak_megabytes(
+                    trainers[name].form, shape, depth, arguments.threads, saved
+                )
+            print(json.dumps(rounded({f"{depth}/{name}": rows[f"{depth}/{name}"]})), file=sys.stderr, flush=True)
+
+    def ratio(key: str, name: str, depth: int) -> float:
+        return rows[f"{depth}/{name}"][key] / rows[f"{depth}/naive"][key]
+
+    cases = [(str(depth), "ours", depth) for depth in arguments.depths]
+    cases += [("pruned", "pruned", 3)] if 3 in arguments.depths else []
+    result: dict = {
+        "tokens_per_second_ratio": {case: ratio("tokens_per_second", *of) for case, *of in cases},
+        "cpu_seconds_ratio": {case: 1 / ratio("cpu_seconds", *of) for case, *of in cases},
+    }
+    if "memory" not in arguments.skip:
+        result["peak_memory_ratio"] = {case: ratio("peak_mb", *of) for case, *of in cases}
+    if {1, 3} <= set(arguments.depths):
+        cost = {key: rows["3/ours"][key] / rows["1/ours"][key] for key in ("seconds", "cpu_seconds", "floor")}
+        result["depth3_over_depth1"] = cost | {"time_over_flops": cost["cpu_seconds"] / cost["floor"]}
+    table = Table(
+        "depth/form", "tokens/s", "s a step", "CPU s", "floor s", "CPU over floor", "peak MB", title="SmolLM2"
+    )
+    for name, row in rows.items():
+        numbers = [f"{row[key]:.2f}" for key in ("seconds", "cpu_seconds", "floor")]
+        over = row["cpu_seconds"] / row["floor"]
+        table.add_row(name, f"{row['tokens_per_second']:.0f}", *numbers, f"{over:.2f}", f"{row.get('peak_mb', 0):.0f}")
     console.print(table)
-    console.print(f"marked rows {marked:.1%}; depth 3 over depth 1: time {cost:.2f}, arithmetic {arithmetic:.2f}")
+    console.print(f"marked rows: {marked:.1%}")
     if "llama" not in arguments.skip:
         result["llama3_8b_head"] = llama_row(arguments.threads)
         console.print(result["llama3_8b_head"])
     machine = {"gflops": rate / 1e9, "copy_gb_per_second": copy_rate / 1e9, "threads": arguments.threads}
     machine["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    result |= {"marked": marked, "machine": machine, "rows": {f"{row['case']}/{row['form']}": row for row in rows}}
-    print(json.dumps(rounded(result)))
+    print(json.dumps(rounded(result | {"marked": marked, "machine": machine, "rows": rows})))
 
 
 if __name__ == "__main__":

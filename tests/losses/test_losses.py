@@ -6,7 +6,16 @@ from math import prod
 import pytest
 import torch
 
-from hass_lightning.losses import DraftLoss, FeatureRegression, LossTerm, Rows, SoftCrossEntropy, TargetRows, TopK
+from hass_lightning.losses import (
+    DraftLoss,
+    FeatureRegression,
+    LossTerm,
+    Rows,
+    SoftCrossEntropy,
+    TargetRows,
+    TopK,
+    draft_loss,
+)
 from hass_lightning.target.head import DraftVocabulary
 from live_tensors import Shapes
 
@@ -72,6 +81,14 @@ def test_no_tensor_over_the_vocabulary_has_more_rows_than_a_chunk(chunk_rows):
     wide = [shape for shape in shapes.seen if vocab in shape]
     assert (chunk_rows, vocab) in wide
     assert max(prod(shape) for shape in wide) == chunk_rows * vocab
+
+
+def test_without_chunk_rows_the_chunk_follows_the_vocabulary(monkeypatch):
+    steps, target, vocabulary = make()
+    monkeypatch.setattr(draft_loss, "CHUNK_BYTES", (4 * V * 3 + 5, 0))
+    with Shapes() as shapes:
+        hass(None)(steps, target, vocabulary, torch.zeros(R, dtype=torch.int64), R)
+    assert {shape[0] for shape in shapes.seen if shape[1:] == (V,)} == {3, 1}
 
 
 def test_soft_targets_and_their_top_k_are_computed_once_for_all_steps_and_terms(monkeypatch):

@@ -81,6 +81,16 @@ def test_a_bucket_of_sequences_has_the_loss_and_gradient_of_each_alone(tiny, dat
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 
+@pytest.mark.slow
+def test_a_compiled_head_has_the_same_gradient_and_the_same_files(tiny, batches):
+    module, compiled = make_module(tiny), make_module(tiny, compile=True)
+    for batch in batches:  # several numbers of rows
+        for a, b in zip(step(module, batch)[0], step(compiled, batch)[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert compiled.draft.layer.mlp._compiled_call_impl is not None
+    assert list(compiled.draft.state_dict()) == list(module.draft.state_dict())
+
+
 def test_the_logged_loss_is_the_weighted_mean_over_rows_summed_over_steps(tiny, batches):
     module = make_module(tiny, depth=2)
     _, logged = step(module, batches[2])

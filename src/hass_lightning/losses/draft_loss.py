@@ -56,7 +56,9 @@ class DraftLoss(nn.Module):
     def __init__(self, terms: Mapping[str, LossTerm], chunk_rows: int | None = None):
         super().__init__()
         if chunk_rows is not None and chunk_rows < 1:
-            raise ValueError(f"model.loss.chunk_rows={chunk_rows} must be at least 1, or null to follow the vocabulary.")
+            raise ValueError(
+                f"model.loss.chunk_rows={chunk_rows} must be at least 1, or null to follow the vocabulary."
+            )
         self.terms = nn.ModuleDict(dict(terms))
         self.chunk_rows = chunk_rows
         if not any(term.weight > 0 for term in terms.values()):

@@ -21,7 +21,7 @@ def simulated_hits(
     features: Tensor,
     loss_mask: Tensor,
     depth: int,
-    chunk_rows: int = 2048,
+    chunk_rows: int = 256,
 ) -> dict[str, Tensor]:
     """Counts for τ_sim = 1 + mean over chain starts s of Σ_j Π_{i≤j} hit_i[s+i-1].
 

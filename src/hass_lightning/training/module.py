@@ -52,7 +52,8 @@ class HassModule(L.LightningModule):
         draft: the head. loss: its terms. alignment: HCA. head: the target's frozen embedding and LM head.
         optimizer: a partial that takes the parameters. schedule: of the learning rate.
         token_ids: draft vocabulary, None = full. validation_depth: steps that validation unrolls, whatever the training
-            depth was (else depth 1 could never accept more than one token).
+            depth was (else depth 1 could never accept more than one token). compile: torch.compile of the head's MLP and
+            norm.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class HassModule(L.LightningModule):
         schedule: Schedule | None = None,
         token_ids: Tensor | None = None,
         validation_depth: int = 5,
+        compile: bool = False,
     ):
         super().__init__()
         self.draft, self.loss, self.alignment = draft, loss, alignment
@@ -74,6 +76,9 @@ class HassModule(L.LightningModule):
         self.vocabulary: DraftVocabulary = head.draft_vocabulary(token_ids)
         self.example_tokens = 0  # rows trained on by this process
         self._validation: dict[str, Tensor] = {}
+        if compile:  # numbers of rows change with every batch
+            for part in (draft.layer.mlp, draft.layer.post_attention_layernorm):
+                part.compile(dynamic=True)
 
     def setup(self, stage: str) -> None:
         """Bring the frozen ends to this process's device, in the dtype the step computes in."""
