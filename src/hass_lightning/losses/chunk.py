@@ -1,7 +1,7 @@
 """The rows of one chunk and step, with the gradient over the vocabulary put together in place.
 
 Autograd would make one or two [rows, vocabulary] tensors a use of the logits, and add them up: on a CPU that takes as
-long as the matrix products. Here what terms use most, log Σ exp z, Σ p z and z at some indices, are leaves of their own:
+long as the matrix products. Here what terms use most (log Σ exp z, Σ p z, z at some indices) are leaves of their own:
 their gradients are a few numbers a row, and all of them are written into one tensor.
 Shapes: R rows, Vd draft vocabulary (types.py has the legend).
 """

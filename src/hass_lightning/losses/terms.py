@@ -40,8 +40,8 @@ class TargetRows:
 class Rows:
     """The rows a loss term sees: the draft's side with gradient, the target's without.
 
-    `draft_logits` serves any term. What the methods give is the same by a cheaper way: `DraftLoss` then takes the gradient
-    without a [R, Vd] tensor for each of them (chunk.py).
+    `draft_logits` serves any term. What the methods give is the same by a cheaper way: `DraftLoss` then takes the
+    gradient without a [R, Vd] tensor for each of them (chunk.py).
     """
 
     draft_features: Tensor  # [R, D], f

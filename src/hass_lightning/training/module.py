@@ -52,8 +52,8 @@ class HassModule(L.LightningModule):
         draft: the head. loss: its terms. alignment: HCA. head: the target's frozen embedding and LM head.
         optimizer: a partial that takes the parameters. schedule: of the learning rate.
         token_ids: draft vocabulary, None = full. validation_depth: steps that validation unrolls, whatever the training
-            depth was (else depth 1 could never accept more than one token). compile: torch.compile of the head's MLP and
-            norm.
+            depth was (else depth 1 could never accept more than one token).
+        compile: torch.compile of the head's MLP and norm.
     """
 
     def __init__(
