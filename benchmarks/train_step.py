@@ -6,16 +6,17 @@ Prints tables and one line of JSON with `tokens_per_second_ratio` and `peak_memo
 the naive form), for a pruned vocabulary, and the memory at the shape of LLaMA-3-8B's head. SmolLM2-135M, fp32, four
 conversations of the shipped corpus padded or cut to 512 tokens, with their own loss mask and the target's features.
 Both forms run on the same batches with the same weights, take a clipped AdamW step, and have the same losses to 1e-4.
-Times are interleaved in one process. Memory is the peak above what is resident once model and batch are loaded, of the
-first step of a process of its own.
+Steps are interleaved in one process. Memory is the peak of resident memory above what is resident once model, batch
+and optimizer state are loaded.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import random
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -41,7 +42,7 @@ from hass_lightning.types import FeatureBatch
 
 BATCH, LENGTH = 4, 512
 PRUNED = 8192
-LLAMA_TOKENS = (64, 128, 256)
+LLAMA_TOKENS = (64, 128)
 
 
 @dataclass
@@ -169,58 +170,61 @@ def first_tokens(batch: FeatureBatch, count: int) -> FeatureBatch:
     return replace(batch, **cut, loss_mask=torch.ones_like(batch.loss_mask[:, :count]))
 
 
+def memory(name: str) -> float:
+    """VmRSS or VmHWM (the highest VmRSS so far) of this process in MB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+
+
+def forget_peak(trainer: Trainer) -> float:
+    """Give back what is free, forget the highest value so far; what is resident then, in MB."""
+    trainer.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
 def timed(trainers: dict[str, Trainer], repeats: int) -> dict[str, dict[str, float]]:
-    """Median seconds (of the clock, and of the CPU) a step of each, interleaved over the same batches.
+    """Median seconds (of the clock, and of the CPU) and peak memory of a step, interleaved over the same batches.
 
     The losses of `naive` and `ours` must agree.
     """
-    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in trainers}
-    for trainer in trainers.values():  # gradients and optimizer state exist from here on
-        trainer.step(first_tokens(trainer.case.batches[0], 64))
+    spent: dict[str, list[tuple[float, float, float]]] = {name: [] for name in trainers}
+    for trainer in trainers.values():  # the optimizer's state exists from here on
+        trainer.step(first_tokens(trainer.case.batches[0], 16))
     for number in range(repeats):
         losses = {}
         for name in random.Random(number).sample(list(trainers), len(trainers)):
             trainer = trainers[name]
+            resident = forget_peak(trainer)
             start = perf_counter(), process_time()
             losses[name] = trainer.step(trainer.case.batches[number % len(trainer.case.batches)])
-            spent[name].append((perf_counter() - start[0], process_time() - start[1]))
+            wall, cpu = perf_counter() - start[0], process_time() - start[1]
+            spent[name].append((wall, cpu, memory("VmHWM") - resident))
         assert abs(losses["ours"] - losses["naive"]) < 1e-4 * abs(losses["naive"]), losses
-    return {
-        name: {"seconds": median(wall for wall, _ in pairs), "cpu_seconds": median(cpu for _, cpu in pairs)}
-        for name, pairs in spent.items()
-    }
+    keys = ("seconds", "cpu_seconds", "peak_mb")
+    return {name: dict(zip(keys, map(median, zip(*found, strict=True)), strict=True)) for name, found in spent.items()}
 
 
-def peak_megabytes(form: str, shape: str, depth: int, threads: int, saved: str = "-") -> float:
-    """Peak resident memory of a first step above what was resident before it, in a process of its own."""
-    own = [sys.executable, __file__, "--threads", str(threads), "--one", form, shape, str(depth), saved]
-    done = subprocess.run(own, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return float(done.stdout.splitlines()[-1])
-
-
-def measure_peak(form: str, shape: str, depth: int, saved: str) -> float:
-    """The work of `peak_megabytes`' process. Linux forgets the old peak when 5 is written to clear_refs."""
-    case = llama3_8b(int(shape)) if shape.isdigit() else torch.load(saved, weights_only=False)
-    if shape == "pruned":
-        case = replace(case, token_ids=case.frequent)
-    trainer = Trainer(case, form, depth, adam=not shape.isdigit())
-
-    def kilobytes(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-    torch.ones(64, 64) @ torch.ones(64, 64)  # the library's own buffers
-    Path("/proc/self/clear_refs").write_text("5")
-    before = kilobytes("VmRSS")
+def llama_peak(form: str, num_tokens: int) -> float:
+    """Peak memory in MB of one step at the shape of LLaMA-3-8B's head, depth 3, plain SGD (no optimizer state)."""
+    case = llama3_8b(num_tokens)
+    trainer = Trainer(case, form, 3, adam=False)
+    resident = forget_peak(trainer)
     trainer.step(case.batches[0])
-    return (kilobytes("VmHWM") - before) / 1024
+    return memory("VmHWM") - resident
 
 
 def llama_row(threads: int) -> dict:
     """Peak memory of depth 3 at the shape of LLaMA-3-8B's head: measured with few tokens, extrapolated to 2,048."""
     found: dict = {"model": "peak = fixed + per_token x tokens (least squares over the measured sizes)"}
     for form in ("naive", "ours"):
-        peaks = {size: peak_megabytes(form, str(size), 3, threads) for size in LLAMA_TOKENS}
+        peaks = {}
+        for size in LLAMA_TOKENS:  # in a process of its own: gigabytes that leave nothing behind
+            own = [sys.executable, __file__, "--threads", str(threads), "--llama", form, str(size)]
+            done = subprocess.run(own, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+            peaks[size] = float(done.stdout.splitlines()[-1])
         x = torch.tensor([[1.0, size] for size in peaks], dtype=torch.float64)
         y = torch.tensor(list(peaks.values()), dtype=torch.float64)
         fixed, per_token = torch.linalg.lstsq(x, y[:, None]).solution.flatten().tolist()
@@ -241,39 +245,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--skip", nargs="*", default=[], choices=["llama", "memory"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["llama"])
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3, 5])
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--llama", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.one:
-        form, shape, depth, saved = arguments.one
-        print(measure_peak(form, shape, int(depth), saved))
+    if arguments.llama:
+        print(llama_peak(arguments.llama[0], int(arguments.llama[1])))
         return
     console = Console(width=140)
     rate, copy_rate = machine_rates()
     full = smollm2(arguments.repeats)
     marked = sum(float(batch.loss_mask.float().mean()) for batch in full.batches) / len(full.batches)
     rows: dict[str, dict] = {}
-    folder = tempfile.TemporaryDirectory()
-    saved = f"{folder.name}/case.pt"
-    torch.save(replace(full, batches=full.batches[:1]), saved)
     for depth in arguments.depths:
         trainers = {"naive": Trainer(full, "naive", depth), "ours": Trainer(full, "ours", depth)}
         if depth == 3:
             trainers["pruned"] = Trainer(replace(full, token_ids=full.frequent), "ours", depth)
         for name, seconds in timed(trainers, arguments.repeats).items():
             floor = operations(trainers[name].case, trainers[name].form, depth) / rate
-            rows[f"{depth}/{name}"] = {
-                **seconds,
-                "tokens_per_second": BATCH * LENGTH / seconds["seconds"],
-                "floor": floor,
-            }
-            if "memory" not in arguments.skip:
-                shape = "pruned" if name == "pruned" else "full"
-                rows[f"{depth}/{name}"]["peak_mb"] = peak_megabytes(
-                    trainers[name].form, shape, depth, arguments.threads, saved
-                )
+            tokens_per_second = BATCH * LENGTH / seconds["seconds"]
+            rows[f"{depth}/{name}"] = {**seconds, "tokens_per_second": tokens_per_second, "floor": floor}
             print(json.dumps(rounded({f"{depth}/{name}": rows[f"{depth}/{name}"]})), file=sys.stderr, flush=True)
 
     def ratio(key: str, name: str, depth: int) -> float:
@@ -284,9 +276,8 @@ def main() -> None:
     result: dict = {
         "tokens_per_second_ratio": {case: ratio("tokens_per_second", *of) for case, *of in cases},
         "cpu_seconds_ratio": {case: 1 / ratio("cpu_seconds", *of) for case, *of in cases},
+        "peak_memory_ratio": {case: ratio("peak_mb", *of) for case, *of in cases},
     }
-    if "memory" not in arguments.skip:
-        result["peak_memory_ratio"] = {case: ratio("peak_mb", *of) for case, *of in cases}
     if {1, 3} <= set(arguments.depths):
         cost = {key: rows["3/ours"][key] / rows["1/ours"][key] for key in ("seconds", "cpu_seconds", "floor")}
         result["depth3_over_depth1"] = cost | {"time_over_flops": cost["cpu_seconds"] / cost["floor"]}
@@ -296,7 +287,7 @@ def main() -> None:
     for name, row in rows.items():
         numbers = [f"{row[key]:.2f}" for key in ("seconds", "cpu_seconds", "floor")]
         over = row["cpu_seconds"] / row["floor"]
-        table.add_row(name, f"{row['tokens_per_second']:.0f}", *numbers, f"{over:.2f}", f"{row.get('peak_mb', 0):.0f}")
+        table.add_row(name, f"{row['tokens_per_second']:.0f}", *numbers, f"{over:.2f}", f"{row['peak_mb']:.0f}")
     console.print(table)
     console.print(f"marked rows: {marked:.1%}")
     if "llama" not in arguments.skip:

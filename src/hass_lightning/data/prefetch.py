@@ -18,9 +18,9 @@ class PrefetchingLoader(DataLoader):
         waited_seconds: what its readers have waited for batches so far.
     """
 
-    def __init__(self, *args: Any, ahead: int = 0, **kwargs: Any):
+    def __init__(self, dataset: Any, ahead: int = 0, **kwargs: Any):
         self.ahead, self.waited_seconds = ahead, 0.0
-        super().__init__(*args, **kwargs)
+        super().__init__(dataset, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = self._read_ahead() if self.ahead else super().__iter__()

@@ -100,12 +100,12 @@ class DraftLoss(nn.Module):
         for start in range(0, num_rows, chunk_rows):
             rows = slice(start, start + chunk_rows)
             with torch.no_grad():
-                logits = vocabulary.logits(target_features[rows]).to(wide)
+                logits = vocabulary.logits(target_features[rows], decoding=False).to(wide)
                 target = TargetRows(target_features[rows].to(wide), logits)
             for number, features in enumerate(step_features):
                 leaf = features[rows].detach().requires_grad_(with_gradient)
                 with torch.set_grad_enabled(with_gradient):
-                    draft_logits = vocabulary.logits(leaf).to(wide)
+                    draft_logits = vocabulary.logits(leaf, decoding=False).to(wide)
                     ends = [x.detach().requires_grad_(with_gradient) for x in (leaf.to(wide), draft_logits)]
                     seen = Chunk(*ends, target, number + 1, scratch=scratch[: len(leaf)])
                     loss = torch.zeros((), device=device, dtype=wide)
