@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from hass_lightning.cli import command
 from hass_lightning.data.datamodule import FeatureDataModule
+from hass_lightning.data.features import FeatureStore
 
 
 @command("prepare")
@@ -30,7 +31,7 @@ def main(config: DictConfig) -> dict[str, Any]:
             f"num_{part}_conversations": len(sequences),
             f"num_{part}_tokens": sum(len(sequence) for sequence in sequences),
             f"num_{part}_rows": sum(int(sequence.loss_mask.sum()) for sequence in sequences),
-            f"{part}_features": str(store.folder),
+            f"{part}_features": str(store.folder) if isinstance(store, FeatureStore) else "online: nothing is stored",
         }
     return result
 

@@ -281,3 +281,31 @@ def test_validation_conversations_are_those_with_tokens(tiny, tmp_path):
     train, validation = data.tokens()
     assert len(train) + len(validation) < 23
     assert [c.id for c in data.validation_conversations] == [tokens.id for tokens in validation]
+
+
+def test_online_features_are_the_cached_ones_and_nothing_is_written(tiny, tmp_path):
+    cached, online = module(tiny, tmp_path / "cached"), module(tiny, tmp_path / "online", features="online")
+    for data in (cached, online):
+        data.num_batches, data.trainer = 5, trainer()
+    for name in ("train_dataloader", "val_dataloader"):
+        pairs = list(zip(getattr(cached, name)(), getattr(online, name)(), strict=True))
+        assert pairs
+        for (ours, inputs), (expected, _) in pairs:
+            assert inputs is ours.features
+            assert ours.ids == expected.ids
+            for field in ("input_ids", "loss_mask", "target_ids", "lengths"):
+                assert torch.equal(getattr(ours, field), getattr(expected, field))
+            torch.testing.assert_close(ours.features, expected.features, atol=1e-5, rtol=1e-5)
+    assert not (tmp_path / "online").exists()
+    assert online.stores()[0].ids == cached.stores()[0].ids
+
+
+@pytest.mark.parametrize("option", [{"num_workers": 1}, {"eight_bit_cache": True}])
+def test_online_features_refuse_what_they_cannot_do(tiny, tmp_path, option):
+    with pytest.raises(ValueError, match=r"data\.features=online.*data\." + next(iter(option))):
+        module(tiny, tmp_path, features="online", **option)
+
+
+def test_features_from_nowhere_name_the_key(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"data\.features=disk"):
+        module(tiny, tmp_path, features="disk")

@@ -153,11 +153,11 @@ def test_only_the_damaged_shard_is_made_again_and_named(extract, computed, caplo
 def test_a_killed_extraction_goes_on_at_the_next_shard(extract, computed, tmp_path, monkeypatch):
     original, written = module._write_shard, []
 
-    def killed(folder, number, tensors):
+    def killed(folder, number, tensors, note):
         if number == 2:
             (folder / ".shard-00002.safetensors.123").write_bytes(b"half a shard")
             raise KeyboardInterrupt
-        original(folder, number, tensors)
+        original(folder, number, tensors, note)
         written.append(number)
 
     monkeypatch.setattr(module, "_write_shard", killed)
@@ -235,7 +235,7 @@ def _extract_in_a_process(folder, cache, queue):
     torch.set_num_threads(1)
     target = TargetModel.load(tiny_llama(), "tiny", dtype="float32")
     made, original = [], module._write_shard
-    module._write_shard = lambda folder, number, tensors: (made.append(number), original(folder, number, tensors))
+    module._write_shard = lambda folder, number, *rest: (made.append(number), original(folder, number, *rest))
     tokens = [sequence(number, length) for number, length in enumerate(LENGTHS)]
     extract_features(target, tokens, folder, shard_size=1)
     queue.put(made)

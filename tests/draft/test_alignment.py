@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 
 from hass_lightning.draft import Alignment, EagleDraft, unroll
-from hass_lightning.draft.alignment import visible
+from hass_lightning.draft.attention import visible
 
 T, D = 9, 32
 

@@ -1,10 +1,23 @@
 """HAD: each term against its slow form, chunked = unchunked, masks and gradients."""
 
+from collections import Counter
+from math import prod
+
 import pytest
 import torch
 
-from hass_lightning.losses import DraftLoss, FeatureRegression, Rows, SoftCrossEntropy, TargetRows, TopK
+from hass_lightning.losses import (
+    DraftLoss,
+    FeatureRegression,
+    LossTerm,
+    Rows,
+    SoftCrossEntropy,
+    TargetRows,
+    TopK,
+    draft_loss,
+)
 from hass_lightning.target.head import DraftVocabulary
+from live_tensors import Shapes
 
 R, D, V = 7, 6, 13
 
@@ -55,6 +68,70 @@ def test_chunked_equals_unchunked(chunk_rows):
     assert torch.equal(whole.hits, parts.hits)
     for a, b in zip(torch.autograd.grad(whole.total, steps), torch.autograd.grad(parts.total, steps), strict=True):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_rows", [40, 64])
+def test_no_tensor_over_the_vocabulary_has_more_rows_than_a_chunk(chunk_rows):
+    """Neither rows x V nor rows x V x depth: forward, backward, metrics and soft targets live a chunk long."""
+    rows, hidden, vocab = 200, 16, 3000
+    steps = [torch.randn(rows, hidden, requires_grad=True) for _ in range(3)]
+    vocabulary = DraftVocabulary(torch.randn(vocab, hidden))
+    with Shapes() as shapes:
+        hass(chunk_rows)(steps, torch.randn(rows, hidden), vocabulary, torch.zeros(rows).long(), rows).total.backward()
+    wide = [shape for shape in shapes.seen if vocab in shape]
+    assert (chunk_rows, vocab) in wide
+    assert max(prod(shape) for shape in wide) == chunk_rows * vocab
+
+
+def test_without_chunk_rows_the_chunk_follows_the_vocabulary(monkeypatch):
+    steps, target, vocabulary = make()
+    monkeypatch.setattr(draft_loss, "CHUNK_BYTES", (4 * V * 3 + 5, 0))
+    with Shapes() as shapes:
+        hass(None)(steps, target, vocabulary, torch.zeros(R, dtype=torch.int64), R)
+    assert {shape[0] for shape in shapes.seen if shape[1:] == (V,)} == {3, 1}
+
+
+def test_soft_targets_and_their_top_k_are_computed_once_for_all_steps_and_terms(monkeypatch):
+    steps, target, vocabulary = make()
+    calls = Counter()
+    for name in ("softmax", "topk"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, original=original, name=name):
+            calls[name] += 1
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    terms = {"soft_ce": SoftCrossEntropy(), "a": TopK(k=4), "b": TopK(0.5, k=4)}
+    DraftLoss(terms, 4)(steps, target, vocabulary, torch.zeros(R, dtype=torch.int64), R)
+    assert calls == {"softmax": 2, "topk": 2}  # once in each of the two chunks
+
+
+class ByLogits(LossTerm):
+    """HASS's loss without the feature term, from the logits alone: the long way for any term."""
+
+    def forward(self, rows):
+        log_q = rows.draft_logits.log_softmax(-1)
+        top, indices = rows.target.top_k(4)
+        return -0.1 * (rows.target.probs * log_q).sum(-1) - (top * log_q.gather(-1, indices)).sum(-1)
+
+
+def test_the_short_ways_of_rows_have_the_gradient_of_the_logits():
+    """Alone, and together with a term that uses the logits themselves."""
+    steps, target, vocabulary = make()
+    short = {"soft_ce": SoftCrossEntropy(0.1), "top_k": TopK(k=4)}
+    totals = [
+        DraftLoss(terms, 3)(steps, target, vocabulary, torch.zeros(R, dtype=torch.int64), R).total
+        for terms in (short, {"long": ByLogits()}, {**short, "long": ByLogits(2.0)}, {"top_k": TopK(k=4)})
+    ]
+    gradients = [torch.autograd.grad(total, steps) for total in totals]
+    torch.testing.assert_close(totals[0], totals[1], atol=1e-12, rtol=0)
+    for both, long, mixed in zip(*gradients[:3], strict=True):
+        torch.testing.assert_close(both, long, atol=1e-12, rtol=0)
+        torch.testing.assert_close(mixed, 3 * long, atol=1e-12, rtol=0)
+    standalone = Rows(steps[0], vocabulary.logits(steps[0]), TargetRows(target, vocabulary.logits(target)), 1)
+    (expected,) = torch.autograd.grad(TopK(k=4)(standalone).sum() / R, steps[0])
+    torch.testing.assert_close(gradients[3][0], expected, atol=1e-12, rtol=0)
 
 
 def test_top_k_of_the_whole_vocabulary_is_soft_cross_entropy():

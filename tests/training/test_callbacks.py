@@ -43,6 +43,7 @@ def test_a_run_saves_its_best_head_and_logs_speed_and_decoding(tiny, data, tmp_p
     assert len(speeds) == 8
     assert min(speeds) > 0
     assert all(0 <= wait <= 1 for wait in waits)
+    assert sum(waits) > 0
     saved = load_draft(tmp_path / "draft")
     assert torch.equal(saved.token_ids, kept)
     assert saved.notes["target_fingerprint"] == tiny.fingerprint

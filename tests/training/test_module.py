@@ -58,6 +58,29 @@ def test_two_processes_have_the_gradient_of_one_with_both_batches(tiny, batches)
         torch.testing.assert_close((a + b) / 2, c, atol=1e-6, rtol=1e-4)
 
 
+def test_a_bucket_of_sequences_has_the_loss_and_gradient_of_each_alone(tiny, data):
+    """Padding, neighbours and chunks change nothing: no diagonal and no causal column leaves its sequence."""
+    dataset = FeatureDataset(data.stores()[0])
+    rows = [dataset[index] for index in range(5)]
+    module = make_module(tiny)
+    together = module.aligned_loss(*collate(rows), normalizer=1.0).total
+    alone = sum(module.aligned_loss(*collate([row]), normalizer=1.0).total for row in rows)
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
+    parameters = list(module.draft.parameters())
+    for a, b in zip(*(torch.autograd.grad(loss, parameters) for loss in (together, alone)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.slow
+def test_a_compiled_head_has_the_same_gradient_and_the_same_files(tiny, batches):
+    module, compiled = make_module(tiny), make_module(tiny, compile=True)
+    for batch in batches:  # several numbers of rows
+        for a, b in zip(step(module, batch)[0], step(compiled, batch)[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert compiled.draft.layer.mlp._compiled_call_impl is not None
+    assert list(compiled.draft.state_dict()) == list(module.draft.state_dict())
+
+
 def test_the_logged_loss_is_the_weighted_mean_over_rows_summed_over_steps(tiny, batches):
     module = make_module(tiny, depth=2)
     _, logged = step(module, batches[2])
@@ -193,6 +216,18 @@ def test_a_feature_that_is_no_number_is_noticed(tiny, data, tmp_path, monkeypatc
     trainer = make_small_trainer(data, tmp_path, max_steps=20, max_epochs=None, val_check_interval=100)
     with pytest.raises(ValueError, match=r"not finite at step 5 \(terms: feature/step1"):
         trainer.fit(make_module(tiny), datamodule=data)
+
+
+def test_online_and_cached_features_give_the_same_loss_curve(tiny, data_folder, tmp_path):
+    curves = []
+    for features in ("cached", "online"):
+        data = make_data(tiny, data_folder, features=features, noise=0.1)
+        logger = CSVLogger(tmp_path / features, name="", version="")
+        trainer = make_small_trainer(data, tmp_path, loggers=[logger], max_steps=8, max_epochs=None)
+        trainer.fit(make_module(tiny), datamodule=data)
+        curves.append(column(tmp_path / features, "train/loss"))
+    assert len(curves[0]) == 8
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
 def test_early_stopping_stops(tiny, data, tmp_path):

@@ -82,7 +82,7 @@ def test_a_head_that_is_always_right_survives_to_the_end_of_the_answer(tiny, bat
     module = make_module(tiny)
 
     class Right:
-        def logits(self, rows):
+        def logits(self, rows, decoding):
             return torch.nn.functional.one_hot(input_ids[0, 6:12], 259).float()[: rows.shape[0]]
 
         def to_token_ids(self, indices):

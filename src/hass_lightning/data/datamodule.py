@@ -9,14 +9,15 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hass_lightning.data.features import FeatureStore, extract_features
+from hass_lightning.data.features import FeatureStore, OnlineFeatures, extract_features
+from hass_lightning.data.prefetch import PrefetchingLoader
 from hass_lightning.data.tokens import encode_all
 from hass_lightning.target.model import TargetModel
 from hass_lightning.types import Conversation, FeatureBatch, Tokens
@@ -118,11 +119,16 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
 class FeatureDataset(Dataset):
     """Sequences of a store by (epoch, index), with uniform noise on the features (EAGLE's data augmentation)."""
 
-    def __init__(self, store: FeatureStore, noise: float = 0.0, seed: int = 0):
+    def __init__(self, store: FeatureStore | OnlineFeatures, noise: float = 0.0, seed: int = 0):
         self.store, self.noise, self.seed = store, noise, seed
 
     def __len__(self) -> int:
         return len(self.store)
+
+    def __getitems__(self, keys: list[tuple[int, int] | int]) -> list[dict[str, Tensor | str]]:
+        """One batch (what a DataLoader asks for)."""
+        self.store.prepare([key[1] if isinstance(key, tuple) else key for key in keys])
+        return [self[key] for key in keys]
 
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Tensor | str]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -170,7 +176,9 @@ class FeatureDataModule(L.LightningDataModule):
             of them are extracted, so that every fraction reads the same cache.
         num_validation: validation conversations. batch_size: sequences a process and step.
         noise: half-width of the uniform noise on the input features (0 = none; EAGLE: 0.1).
-        cache_dir: where features are stored. num_workers: loader processes.
+        features: `cached` on disk, or `online`: the target runs in this process for each batch.
+        cache_dir: where features are stored. eight_bit_cache: store them in 8 bits (eight_bit.py).
+        num_workers: loader processes. prefetch: batches that a thread reads ahead.
     """
 
     def __init__(
@@ -184,11 +192,21 @@ class FeatureDataModule(L.LightningDataModule):
         batch_size: int = 8,
         noise: float = 0.0,
         seed: int = 0,
+        features: Literal["cached", "online"] = "cached",
         cache_dir: str | None = None,
+        eight_bit_cache: bool = False,
         num_workers: int = 0,
         last_turn_only: bool = False,
+        prefetch: int = 2,
     ):
         super().__init__()
+        if features not in ("cached", "online"):
+            raise ValueError(f"data.features={features} is neither cached nor online.")
+        if features == "online" and (num_workers or eight_bit_cache):
+            raise ValueError(
+                "data.features=online runs the target in the training process, without a disk: set data.num_workers=0 "
+                f"(it is {num_workers}) and data.eight_bit_cache=false (it is {str(eight_bit_cache).lower()})."
+            )
         if batch_size < 1 or max_length < 2 or num_validation < 1 or noise < 0:
             raise ValueError(
                 f"data.batch_size={batch_size}, data.max_length={max_length}, data.num_validation={num_validation}, "
@@ -200,13 +218,14 @@ class FeatureDataModule(L.LightningDataModule):
         self.max_length = min(max_length, target.max_length)
         self.max_answer_tokens, self.num_validation = max_answer_tokens, num_validation
         self.batch_size, self.noise, self.seed = batch_size, noise, seed
-        self.cache_dir, self.num_workers = cache_dir, num_workers
+        self.features, self.cache_dir, self.eight_bit_cache = features, cache_dir, eight_bit_cache
+        self.num_workers, self.prefetch = num_workers, prefetch
         self.last_turn_only = last_turn_only
         self.num_batches: int | None = None  # of the whole run; set by the command
         self._tokens: tuple[list[Tokens], list[Tokens]] | None = None
         self._every: list[Tokens] = []  # the training sequences of fraction 1
         self._kept: list[int] = []  # those of this fraction among them
-        self._stores: tuple[FeatureStore, FeatureStore] | None = None
+        self._stores: tuple[FeatureStore | OnlineFeatures, FeatureStore | OnlineFeatures] | None = None
         self.validation_conversations: list[Conversation] = []
 
     def tokens(self) -> tuple[list[Tokens], list[Tokens]]:
@@ -223,15 +242,22 @@ class FeatureDataModule(L.LightningDataModule):
             self.validation_conversations = [c for c in validation if c.id in kept]
         return self._tokens
 
-    def stores(self) -> tuple[FeatureStore, FeatureStore]:
+    def stores(self) -> tuple[FeatureStore | OnlineFeatures, FeatureStore | OnlineFeatures]:
         """(train, validation) features, extracted if the cache has none; one process does it, the others wait."""
         if self._stores is None:
-            _, validation = self.tokens()
-            self._stores = (
-                extract_features(self.target, self._every, self.cache_dir, name="training features").subset(self._kept),
-                extract_features(self.target, validation, self.cache_dir, name="validation features"),
-            )
+            train, validation = self.tokens()
+            training: FeatureStore | OnlineFeatures
+            if self.features == "online":
+                training = OnlineFeatures(self.target, train)
+            else:
+                training = self._store(self._every, "training features").subset(self._kept)  # type: ignore[union-attr]
+            self._stores = training, self._store(validation, "validation features")
         return self._stores
+
+    def _store(self, tokens: list[Tokens], name: str) -> FeatureStore | OnlineFeatures:
+        if self.features == "online":
+            return OnlineFeatures(self.target, tokens)
+        return extract_features(self.target, tokens, self.cache_dir, name=name, eight_bit=self.eight_bit_cache)
 
     def most_frequent_tokens(self, size: int) -> tuple[Tensor, float]:
         """The `size` most frequent training answer tokens (ties by id), sorted, and the share of answers they cover."""
@@ -287,8 +313,9 @@ class FeatureDataModule(L.LightningDataModule):
         return moved, moved.features if same else inputs.to(device, non_blocking=True)
 
     def _loader(self, dataset: FeatureDataset, batch_sampler) -> DataLoader:
-        return DataLoader(
+        return PrefetchingLoader(
             dataset,
+            ahead=self.prefetch,
             batch_sampler=batch_sampler,
             collate_fn=collate,
             num_workers=self.num_workers,

@@ -1,4 +1,4 @@
-"""The target's features on disk: safetensors shards, written once, content-addressed, checked, resumable.
+"""The target's features on disk (safetensors shards, written once, content-addressed, checked, resumable) or online.
 
 A feature is the last hidden state after the final norm, what the LM head reads (hass.md §1.1, §4.3).
 Shapes: N tokens of a shard, D hidden, T tokens of a sequence (types.py has the legend).
@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hass_lightning.data.eight_bit import dequantize, fidelity, quantize
 from hass_lightning.progress import progress_bar
 from hass_lightning.target.model import TargetModel
 from hass_lightning.target.source import cache_root, sha256_file
@@ -31,18 +32,20 @@ log = logging.getLogger(__name__)
 LAYOUT = "1"  # raise it when the stored content changes
 
 
-def feature_key(target: TargetModel, tokens: Sequence[Tokens], shard_size: int) -> str:
+def feature_key(target: TargetModel, tokens: Sequence[Tokens], shard_size: int, eight_bit: bool = False) -> str:
     """Content hash of what the shards depend on: target, dtype, tokens, masks, sequences a shard, layout."""
-    digest = hashlib.sha256(f"{LAYOUT}:{shard_size}:{target.fingerprint}:{target.dtype}".encode())
+    stored = f"{target.dtype}:int8" if eight_bit else f"{target.dtype}"
+    digest = hashlib.sha256(f"{LAYOUT}:{shard_size}:{target.fingerprint}:{stored}".encode())
     for sequence in tokens:
         digest.update(sequence.input_ids.numpy().tobytes())
         digest.update(sequence.loss_mask.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def bytes_per_token(target: TargetModel) -> int:
-    """Bytes one token takes on disk: the feature, its id, its argmax, its mask."""
-    return target.hidden_size * torch.finfo(target.dtype).bits // 8 + 4 + 4 + 1
+def bytes_per_token(target: TargetModel, eight_bit: bool = False) -> int:
+    """Bytes one token takes on disk: the feature (and its scale), its id, its argmax, its mask."""
+    feature = target.hidden_size + 4 if eight_bit else target.hidden_size * torch.finfo(target.dtype).bits // 8
+    return feature + 4 + 4 + 1
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class FeatureStore:
     folder: Path
     sequences: tuple[tuple[str, int, int], ...]  # (shard file, first token, number of tokens) of each sequence
     ids: tuple[str, ...]
+    dtype: torch.dtype = torch.float32  # of the features that are read
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -64,13 +68,57 @@ class FeatureStore:
         """These sequences alone, in this order, of the same files."""
         sequences, ids = ([values[index] for index in indices] for values in (self.sequences, self.ids))
         return replace(self, sequences=tuple(sequences), ids=tuple(ids))  # type: ignore[arg-type]
+    def prepare(self, indices: Sequence[int]) -> None:
+        """Nothing: what is on disk is read one by one."""
 
     def read(self, index: int) -> dict[str, Tensor]:
         """One sequence: input_ids, target_ids [T] int64, loss_mask [T] bool, features [T, D]."""
         shard, first, count = self.sequences[index]
         file = _opened(str(self.folder / shard))
         part = {name: file.get_slice(name)[first : first + count] for name in file.keys()}  # noqa: SIM118
-        return {name: value.long() if name.endswith("_ids") else value for name, value in part.items()}
+        if "scales" in part:
+            part["features"] = dequantize(part["features"], part.pop("scales")).to(self.dtype)
+        return _with_long_ids(part)
+
+
+@dataclass
+class OnlineFeatures:
+    """The same as a `FeatureStore`, computed by the target in this process when it is asked for; nothing is stored."""
+
+    target: TargetModel
+    tokens: Sequence[Tokens]
+    batch_tokens: int = 4096
+    _prepared: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The sequences' names."""
+        return tuple(sequence.id for sequence in self.tokens)
+
+    def length(self, index: int) -> int:
+        """Tokens of a sequence."""
+        return len(self.tokens[index])
+
+    def prepare(self, indices: Sequence[int]) -> None:
+        """Run the target over the sequences of the next batch together."""
+        part = _extract_shard(self.target, [self.tokens[index] for index in indices], self.batch_tokens)
+        pieces = {name: value.split([self.length(index) for index in indices]) for name, value in part.items()}
+        self._prepared = {
+            index: {name: piece[number] for name, piece in pieces.items()} for number, index in enumerate(indices)
+        }
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """One sequence, as `FeatureStore.read` gives it."""
+        if index not in self._prepared:
+            self.prepare([index])
+        return _with_long_ids(self._prepared[index])
+
+
+def _with_long_ids(part: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.long() if name.endswith("_ids") else value for name, value in part.items()}
 
 
 @lru_cache(maxsize=64)
@@ -85,17 +133,18 @@ def extract_features(
     shard_size: int = 256,
     batch_tokens: int = 4096,
     name: str = "features",
+    eight_bit: bool = False,
 ) -> FeatureStore:
     """The features of `tokens`, from the cache or extracted now; a killed extraction goes on at the next shard.
 
     Args:
         cache_dir: where all feature sets live (default: the user's cache folder). shard_size: sequences a shard.
-        batch_tokens: padded tokens a forward.
+        batch_tokens: padded tokens a forward. eight_bit: store int8 and a scale a row (eight_bit.py).
 
     Raises:
         ValueError: not enough disk.
     """
-    folder = Path(cache_dir or cache_root()) / "features" / feature_key(target, tokens, shard_size)
+    folder = Path(cache_dir or cache_root()) / "features" / feature_key(target, tokens, shard_size, eight_bit)
     folder.mkdir(parents=True, exist_ok=True)
     shards = [tokens[start : start + shard_size] for start in range(0, len(tokens), shard_size)]
     with FileLock(folder / ".lock"):
@@ -104,10 +153,17 @@ def extract_features(
         missing = [number for number, shard in enumerate(shards) if not _is_whole(folder, number, shard)]
         if missing:
             num_tokens = sum(len(sequence) for number in missing for sequence in shards[number])
-            _check_disk(folder, num_tokens * bytes_per_token(target), num_tokens)
+            _check_disk(folder, num_tokens * bytes_per_token(target, eight_bit), num_tokens)
             with progress_bar(name, num_tokens, "token") as bar:
                 for number in missing:
-                    _write_shard(folder, number, _extract_shard(target, shards[number], batch_tokens, bar))
+                    tensors, note = _extract_shard(target, shards[number], batch_tokens, bar.update), {}
+                    if eight_bit:
+                        features, marked = tensors["features"], tensors["target_ids"] >= 0
+                        tensors["features"], tensors["scales"] = quantize(features)
+                        restored = dequantize(tensors["features"], tensors["scales"])
+                        note = fidelity(target.head, features[marked], restored[marked])
+                        log.info("%s in 8 bits, shard %d: %s", name, number, note)
+                    _write_shard(folder, number, tensors, note)
         else:
             log.info("%s: reusing %s", name, folder)
     sequences, ids = [], []
@@ -117,7 +173,7 @@ def extract_features(
             sequences.append((_shard_name(number), first, len(sequence)))
             ids.append(sequence.id)
             first += len(sequence)
-    return FeatureStore(folder, tuple(sequences), tuple(ids))
+    return FeatureStore(folder, tuple(sequences), tuple(ids), target.dtype)
 
 
 def _shard_name(number: int) -> str:
@@ -151,7 +207,12 @@ def _check_disk(folder: Path, num_bytes: int, num_tokens: int) -> None:
         )
 
 
-def _extract_shard(target: TargetModel, shard: Sequence[Tokens], batch_tokens: int, bar) -> dict[str, Tensor]:
+def _extract_shard(
+    target: TargetModel,
+    shard: Sequence[Tokens],
+    batch_tokens: int,
+    done: Callable[[int], object] = lambda count: None,
+) -> dict[str, Tensor]:
     """Length-bucketed forwards; the argmax is taken only at features that a marked row is compared with."""
     offsets = torch.tensor([0, *(len(sequence) for sequence in shard)]).cumsum(0)
     total = int(offsets[-1])
@@ -173,14 +234,14 @@ def _extract_shard(target: TargetModel, shard: Sequence[Tokens], batch_tokens: i
             wanted[0] = False
             ids = target.head.logits(own[wanted.to(own.device)]).max(-1).indices  # argmax is slow in bf16 on a CPU
             target_ids[first:last][wanted] = ids.int().cpu()
-            bar.update(len(sequence))
+            done(len(sequence))
     input_ids = torch.cat([sequence.input_ids for sequence in shard]).int()
     loss_mask = torch.cat([sequence.loss_mask for sequence in shard])
     return {"features": features, "input_ids": input_ids, "loss_mask": loss_mask, "target_ids": target_ids}
 
 
-def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
-    """Write aside, then rename: a shard that is there is whole."""
+def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor], more: dict[str, float]) -> None:
+    """Write aside, then rename: a shard that is there is whole. `more` goes into its note."""
     path = folder / _shard_name(number)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -189,6 +250,7 @@ def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
             "sha256": sha256_file(aside),
             "num_tokens": tensors["input_ids"].shape[0],
             "bytes": aside.stat().st_size,
+            **more,
         }
         os.replace(aside, path)
         path.with_suffix(".json").write_text(json.dumps(note))

@@ -3,7 +3,7 @@
 Step j runs the head on features that are j-1 drafts deep. Row t then sees, for each position 0 … t exactly once, the
 true feature (positions ≤ t-(j-1)) or the head's own estimate from step i (position t-(j-1-i)): hass.md §2.2.
 
-Shapes: B batch, T rows, D hidden, H heads, G key/value heads, d head size (types.py has the legend).
+Shapes: B batch, T rows, D hidden (types.py has the legend).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hass_lightning.draft.attention import Band, banded_attention
 from hass_lightning.draft.eagle import EagleDraft
 from hass_lightning.schedules import Scheduled, scheduled
 
@@ -79,68 +80,6 @@ class Alignment:
         return self.step_weights or (1.0,) * self.depth  # type: ignore[return-value]
 
 
-def visible(num_rows: int, num_bands: int, band: int, device: torch.device | str = "cpu") -> Tensor:
-    """Which columns of `band` a row sees in the step with `num_bands` bands: bool [T, T] (row, column)."""
-    row = torch.arange(num_rows, device=device)[:, None]
-    column = torch.arange(num_rows, device=device)[None, :]
-    if band == 0:
-        return column <= row - (num_bands - 1)
-    return column == row - (num_bands - 1 - band)
-
-
-def _shift(x: Tensor, count: int) -> Tensor:
-    """Rows moved `count` down along the token axis (-2), zeros above."""
-    if count == 0:
-        return x
-    return torch.cat([torch.zeros_like(x[..., :count, :]), x[..., :-count, :]], dim=-2)
-
-
-def banded_attention(queries: Tensor, bands: list[tuple[Tensor, Tensor]], leaky: bool = False) -> Tensor:
-    """Attention of step `len(bands)`: causal on the true features, one diagonal a predicted band, one softmax.
-
-    Args:
-        queries: [B, H, T, d] of the newest band. bands: keys and values, each [B, G, T, d], oldest (true) first.
-        leaky: the official code's softmax (hass.md §7.1).
-
-    Returns:
-        [B, H, T, d].
-    """
-    batch, heads, num_rows, head_dim = queries.shape
-    groups = bands[0][0].shape[1]
-    q = queries.reshape(batch, groups, heads // groups, num_rows, head_dim) * head_dim**-0.5
-    if leaky:
-        return _leaky_attention(q, bands).reshape(queries.shape)
-    row = torch.arange(num_rows, device=q.device)
-    true_keys, true_values = bands[0]
-    causal = visible(num_rows, len(bands), 0, q.device)
-    # finfo.min, not -inf: a row without any true feature (t < j-1) must not turn into NaN in the backward
-    lowest = torch.finfo(q.dtype).min
-    scores = [(q @ true_keys.unsqueeze(2).transpose(-1, -2)).masked_fill(~causal, lowest)]  # [B, G, H/G, T, T]
-    values = []
-    for band in range(1, len(bands)):
-        shift = len(bands) - 1 - band
-        keys = _shift(bands[band][0], shift).unsqueeze(2)
-        diagonal = (q * keys).sum(-1).masked_fill(row < shift, lowest)
-        scores.append(diagonal.unsqueeze(-1))
-        values.append(_shift(bands[band][1], shift).unsqueeze(2))
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    weights = torch.cat(scores, dim=-1).softmax(-1, dtype=dtype).to(q.dtype)
-    output = weights[..., :num_rows] @ true_values.unsqueeze(2)
-    for number, value in enumerate(values):
-        output = output + weights[..., num_rows + number, None] * value
-    return output.reshape(queries.shape)
-
-
-def _leaky_attention(q: Tensor, bands: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The official softmax: the bands' masked scores are summed, masked columns count as exp(0), weights are masked."""
-    num_rows = q.shape[-2]
-    masks = [visible(num_rows, len(bands), band, q.device) for band in range(len(bands))]
-    pairs = list(zip(bands, masks, strict=True))
-    scores = sum((q @ keys.unsqueeze(2).transpose(-1, -2)) * mask for (keys, _), mask in pairs)
-    weights = scores.softmax(-1)  # type: ignore[union-attr]
-    return sum((weights * mask) @ values.unsqueeze(2) for (_, values), mask in pairs)  # type: ignore[return-value]
-
-
 def needed_rows(rows: Tensor, depth: int) -> Tensor:
     """Rows [B, T] whose estimates the wanted `rows` depend on: themselves and the depth-1 rows before each."""
     needed = rows.clone()
@@ -153,13 +92,14 @@ def _step(
     draft: EagleDraft,
     u: Tensor,
     rotary: tuple[Tensor, Tensor],
-    bands: list[tuple[Tensor, Tensor]],
+    bands: list[Band],
     alignment: Alignment,
     rows: Tensor | None,
 ) -> Tensor:
     """One alignment step from its fused input `u` [B, T, D] and all bands: the estimates [B, T, D]."""
     queries = draft.layer.self_attn.queries(u, rotary)
-    return draft.layer.finish(u, banded_attention(queries, bands, alignment.mask == "leaky"), rows)
+    attended = banded_attention(queries, bands, draft.attention, alignment.mask == "leaky")
+    return draft.layer.finish(u, attended, rows)
 
 
 def unroll(
@@ -184,7 +124,7 @@ def unroll(
     positions = torch.arange(features.shape[1], device=features.device)[None]
     rotary = draft.rotary(positions)
     u = draft.fuse(embeddings, features)
-    bands: list[tuple[Tensor, Tensor]] = []
+    bands: list[Band] = []
     for step in range(alignment.depth):
         bands.append(layer.self_attn.keys_values(u, rotary))
         if alignment.checkpoint and torch.is_grad_enabled():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from hass_lightning.draft.attention import Form, check_form
 from hass_lightning.draft.layers import DraftLayer, RotaryAngles
 from hass_lightning.target.cache import KVCache
 
@@ -51,12 +52,14 @@ class EagleDraft(nn.Module):
         fc_bias: bool = False,
         vocab_size: int | None = None,
         start: Literal["random", "least_squares"] = "random",
+        attention: Form = "auto",
     ):
         super().__init__()
         if start not in ("random", "least_squares"):
             raise ValueError(f"model.draft.start={start} is neither random nor least_squares.")
         self.config = config
         self.start = start  # how a new head begins (initialize.py)
+        self.attention = check_form(attention)  # of the training pass (attention.py)
         self.vocab_size = vocab_size  # of the draft vocabulary, None = full; no weight depends on it
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=fc_bias)
         self.layers = nn.ModuleList([DraftLayer(config)])
@@ -69,9 +72,10 @@ class EagleDraft(nn.Module):
         fc_bias: bool = False,
         vocab_size: int | None = None,
         start: Literal["random", "least_squares"] = "random",
+        attention: Form = "auto",
     ) -> EagleDraft:
         """A new head for a target, from its config alone."""
-        return cls(draft_config(target_config), fc_bias, vocab_size, start)
+        return cls(draft_config(target_config), fc_bias, vocab_size, start, attention)
 
     @property
     def layer(self) -> DraftLayer:

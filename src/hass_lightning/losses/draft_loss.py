@@ -13,8 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hass_lightning.losses.terms import LossTerm, Rows, TargetRows
+from hass_lightning.losses.chunk import Chunk
+from hass_lightning.losses.terms import LossTerm, TargetRows
 from hass_lightning.target.head import DraftVocabulary
+
+# Of one [rows, vocabulary] tensor on (a CPU, other devices). The C library hands a block of 32 MB or more back to the
+# system at once, and fetching it again, page by page, takes longer than what is computed in it.
+CHUNK_BYTES = (24 << 20, 256 << 20)
 
 
 @dataclass
@@ -44,25 +49,28 @@ class DraftLoss(nn.Module):
 
     Args:
         terms: named terms; the name is the metric's name. A term with weight 0 is not computed.
-        chunk_rows: rows whose logits are in memory at once.
+        chunk_rows: rows whose logits are in memory at once, some six fp32 tensors of [rows, vocabulary]. None: so many
+            that one such tensor takes CHUNK_BYTES.
         temperature: of the distillation. Both distributions are softmax(logits / temperature), in every term; the
             weights are yours to adapt (Hinton et al., arXiv 1503.02531, multiply by temperature²).
     """
 
-    def __init__(self, terms: Mapping[str, LossTerm], chunk_rows: int = 1024, temperature: float = 1.0):
+    def __init__(self, terms: Mapping[str, LossTerm], chunk_rows: int | None = None, temperature: float = 1.0):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"model.loss.temperature={temperature} must be above 0 (1: the target's own).")
         self.temperature = temperature
-        if chunk_rows < 1:
-            raise ValueError(f"model.loss.chunk_rows={chunk_rows} must be at least 1.")
+        if chunk_rows is not None and chunk_rows < 1:
+            raise ValueError(
+                f"model.loss.chunk_rows={chunk_rows} must be at least 1, or null to follow the vocabulary."
+            )
         self.terms = nn.ModuleDict(dict(terms))
         self.chunk_rows = chunk_rows
         if not any(max(term.schedules["weight"].values) > 0 for term in terms.values()):
             raise ValueError("model.loss.terms has no term with a weight above 0: there is nothing to learn.")
 
     def _logits(self, vocabulary: DraftVocabulary, features: Tensor, dtype: torch.dtype) -> Tensor:
-        logits = vocabulary.logits(features).to(dtype)
+        logits = vocabulary.logits(features, decoding=False).to(dtype)
         return logits if self.temperature == 1 else logits / self.temperature
 
     def set_progress(self, progress: float) -> None:
@@ -101,8 +109,10 @@ class DraftLoss(nn.Module):
             for step in range(1, len(step_features) + 1)
         }
         hits = torch.zeros(len(step_features), num_rows, dtype=torch.bool, device=device)
-        for start in range(0, num_rows, self.chunk_rows):
-            rows = slice(start, start + self.chunk_rows)
+        chunk_rows = self.chunk_rows or max(1, CHUNK_BYTES[device.type != "cpu"] // (4 * len(vocabulary)))
+        scratch = torch.empty(min(chunk_rows, num_rows), len(vocabulary), device=device, dtype=wide)
+        for start in range(0, num_rows, chunk_rows):
+            rows = slice(start, start + chunk_rows)
             with torch.no_grad():
                 logits = self._logits(vocabulary, target_features[rows], wide)
                 target = TargetRows(target_features[rows].to(wide), logits)
@@ -110,7 +120,8 @@ class DraftLoss(nn.Module):
                 leaf = features[rows].detach().requires_grad_(with_gradient)
                 with torch.set_grad_enabled(with_gradient):
                     draft_logits = self._logits(vocabulary, leaf, wide)
-                    seen = Rows(leaf.to(wide), draft_logits, target, number + 1)
+                    ends = [x.detach().requires_grad_(with_gradient) for x in (leaf.to(wide), draft_logits)]
+                    seen = Chunk(*ends, target, number + 1, scratch=scratch[: len(leaf)])
                     loss = torch.zeros((), device=device, dtype=wide)
                     for name, term in active.items():
                         value = term(seen).sum()
@@ -118,7 +129,9 @@ class DraftLoss(nn.Module):
                         loss = loss + term.weight * value  # type: ignore[operator]
                     loss = loss * weights[number] / normalizer
                 if with_gradient:
-                    (gradients[number][rows],) = torch.autograd.grad(loss, leaf)
+                    to_features, to_logits = seen.gradients(loss)
+                    (through,) = torch.autograd.grad(draft_logits, leaf, to_logits)
+                    gradients[number][rows] = through + to_features
                 total += loss.detach()
                 hits[number, rows] = draft_logits.detach().argmax(-1) == wanted[rows]
         if with_gradient:

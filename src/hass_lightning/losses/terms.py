@@ -49,7 +49,11 @@ class TargetRows:
 
 @dataclass
 class Rows:
-    """The rows a loss term sees: the draft's side with gradient, the target's without."""
+    """The rows a loss term sees: the draft's side with gradient, the target's without.
+
+    `draft_logits` serves any term. What the methods give is the same by a cheaper way: `DraftLoss` then takes the
+    gradient without a [R, Vd] tensor for each of them (chunk.py).
+    """
 
     draft_features: Tensor  # [R, D], f
     draft_logits: Tensor  # [R, Vd], z = H f
@@ -66,15 +70,24 @@ class Rows:
         return self._lse
 
     @property
+    def expected_logit(self) -> Tensor:
+        """Σ_v p_v z_v [R], under the target's distribution."""
+        return torch.linalg.vecdot(self.target.probs, self.draft_logits)
+
+    @property
     def log_probs(self) -> Tensor:
         """log q [R, Vd]; for K of them take `log_probs_at`, which spares a [R, Vd] tensor."""
         if self._log_probs is None:
             self._log_probs = self.draft_logits - self.log_normalizer.unsqueeze(-1)
         return self._log_probs
 
+    def logits_at(self, indices: Tensor) -> Tensor:
+        """z at the draft indices [R, K]: [R, K]."""
+        return self.draft_logits.gather(-1, indices)
+
     def log_probs_at(self, indices: Tensor) -> Tensor:
         """log q at the draft indices [R, K], normalised over the whole vocabulary: [R, K]."""
-        return self.draft_logits.gather(-1, indices) - self.log_normalizer.unsqueeze(-1)
+        return self.logits_at(indices) - self.log_normalizer.unsqueeze(-1)
 
 
 class LossTerm(nn.Module):
@@ -123,7 +136,7 @@ class SoftCrossEntropy(LossTerm):
 
     def forward(self, rows: Rows) -> Tensor:
         """[R]."""
-        return rows.log_normalizer - torch.linalg.vecdot(rows.target.probs, rows.draft_logits)
+        return rows.log_normalizer - rows.expected_logit
 
 
 class TopK(LossTerm):

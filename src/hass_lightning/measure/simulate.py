@@ -21,7 +21,7 @@ def simulated_hits(
     features: Tensor,
     loss_mask: Tensor,
     depth: int,
-    chunk_rows: int = 2048,
+    chunk_rows: int = 256,
 ) -> dict[str, Tensor]:
     """Counts for τ_sim = 1 + mean over chain starts s of Σ_j Π_{i≤j} hit_i[s+i-1].
 
@@ -43,7 +43,7 @@ def simulated_hits(
     wanted_rows = loss_mask[:, :-1]
     for estimate in unroll(draft, embeddings, features[:, :-1], Alignment(depth), wanted_rows):
         rows = estimate[:, : length - 2][mask]
-        proposed = [vocabulary.logits(part).argmax(-1) for part in rows.split(chunk_rows)]
+        proposed = [vocabulary.logits(part, decoding=False).argmax(-1) for part in rows.split(chunk_rows)]
         hit = torch.zeros_like(mask)
         if proposed:
             hit[mask] = vocabulary.to_token_ids(torch.cat(proposed)) == wanted[mask]

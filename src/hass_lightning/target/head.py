@@ -35,10 +35,15 @@ class DraftVocabulary:
     def __len__(self) -> int:
         return int(self.weight.shape[0])
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Features [..., D] to logits [..., Vd] in the features' dtype."""
+    def logits(self, features: Tensor, decoding: bool = True) -> Tensor:
+        """Features [..., D] to logits [..., Vd] in the features' dtype.
+
+        Args:
+            decoding: few rows at a time are worth a second, packed copy of the weight (linear.py); training's are not.
+        """
         weight = self.weight.to(features.dtype)
-        return linear(features, weight, None if self.bias is None else self.bias.to(features.dtype))
+        bias = None if self.bias is None else self.bias.to(features.dtype)
+        return linear(features, weight, bias) if decoding else F.linear(features, weight, bias)
 
     def to_token_ids(self, indices: Tensor) -> Tensor:
         """Draft indices to the target's token ids (same shape)."""

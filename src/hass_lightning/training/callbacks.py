@@ -58,16 +58,16 @@ class Throughput(L.Callback):
     """Logs marked rows a second and the share of time spent waiting for data."""
 
     def __init__(self) -> None:
-        self._rows, self._time, self._ended, self._waited = 0, 0.0, 0.0, 0.0
+        self._rows, self._time, self._waited = 0, 0.0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock."""
-        self._rows, self._waited = pl_module.example_tokens, 0.0
-        self._time = self._ended = time.perf_counter()
+        self._rows, self._waited = pl_module.example_tokens, self._waited_so_far(trainer)
+        self._time = time.perf_counter()
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """The time since the last step ended was spent waiting for this batch."""
-        self._waited += time.perf_counter() - self._ended
+    @staticmethod
+    def _waited_so_far(trainer: L.Trainer) -> float:
+        return getattr(trainer.train_dataloader, "waited_seconds", 0.0)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log every `log_every_n_steps`."""
@@ -76,9 +76,9 @@ class Throughput(L.Callback):
             elapsed = now - self._time
             rows = (pl_module.example_tokens - self._rows) * trainer.world_size
             pl_module.log("train/tokens_per_second", rows / elapsed, prog_bar=True)
-            pl_module.log("train/data_wait_fraction", self._waited / elapsed)
-            self._rows, self._time, self._waited = pl_module.example_tokens, now, 0.0
-        self._ended = time.perf_counter()
+            waited = self._waited_so_far(trainer)
+            pl_module.log("train/data_wait_fraction", (waited - self._waited) / elapsed)
+            self._rows, self._time, self._waited = pl_module.example_tokens, now, waited
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Validation is neither training nor waiting."""

@@ -53,6 +53,7 @@ class HassModule(L.LightningModule):
         optimizer: a partial that takes the parameters. schedule: of the learning rate.
         token_ids: draft vocabulary, None = full. validation_depth: steps that validation unrolls, whatever the training
             depth was (else depth 1 could never accept more than one token).
+        compile: torch.compile of the head's MLP and norm.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class HassModule(L.LightningModule):
         schedule: Schedule | None = None,
         token_ids: Tensor | None = None,
         validation_depth: int = 5,
+        compile: bool = False,
     ):
         super().__init__()
         self.draft, self.loss = draft, loss
@@ -76,6 +78,9 @@ class HassModule(L.LightningModule):
         self.vocabulary: DraftVocabulary = head.draft_vocabulary(token_ids)
         self.example_tokens = 0  # rows trained on by this process
         self._validation: dict[str, Tensor] = {}
+        if compile:  # numbers of rows change with every batch
+            for part in (draft.layer.mlp, draft.layer.post_attention_layernorm):
+                part.compile(dynamic=True)
 
     def setup(self, stage: str) -> None:
         """Bring the frozen ends to this process's device, in the dtype the step computes in."""
@@ -189,6 +194,9 @@ class HassModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer and a per-step schedule over Lightning's own count of optimizer steps."""
         optimizer = self.make_optimizer([p for p in self.draft.parameters() if p.requires_grad])
+        if self.trainer.precision != "16-mixed" and hasattr(optimizer, "_step_supports_amp_scaling"):
+            # Lightning refuses to clip for a fused optimizer that could unscale by itself; without a scaler none does
+            optimizer._step_supports_amp_scaling = False
         num_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,302 @@
+"""A training step against `naive_hass.py`, a plain form with the official cost structure: tokens/s and peak memory.
+
+    python benchmarks/train_step.py [--threads 2] [--repeats 3] [--skip llama]
+
+Prints tables and one line of JSON with `tokens_per_second_ratio` and `peak_memory_ratio` by alignment depth (ours over
+the naive form), for a pruned vocabulary, and the memory at the shape of LLaMA-3-8B's head. SmolLM2-135M, fp32, four
+conversations of the shipped corpus padded or cut to 512 tokens, with their own loss mask and the target's features.
+Both forms run on the same batches with the same weights, take a clipped AdamW step, and have the same losses to 1e-4.
+Steps are interleaved in one process. Memory is the peak of resident memory above what is resident once model, batch
+and optimizer state are loaded.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from time import perf_counter, process_time
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from naive_hass import naive_step
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig
+
+from hass_lightning.cli import config_folder
+from hass_lightning.data.tokens import encode_all
+from hass_lightning.draft import Alignment, EagleDraft
+from hass_lightning.losses import DraftLoss, FeatureRegression, SoftCrossEntropy, TopK
+from hass_lightning.target.head import TargetHead
+from hass_lightning.training.module import HassModule
+from hass_lightning.types import FeatureBatch
+
+BATCH, LENGTH = 4, 512
+PRUNED = 8192
+LLAMA_TOKENS = (64, 128)
+
+
+@dataclass
+class Case:
+    """A head's shape, the frozen ends, and batches."""
+
+    config: LlamaConfig
+    head: TargetHead
+    batches: list[FeatureBatch]
+    frequent: torch.Tensor | None = None  # the tokens that a pruned vocabulary keeps
+    token_ids: torch.Tensor | None = None  # of the draft vocabulary, None = all
+
+
+def smollm2(num_batches: int) -> Case:
+    """Conversations of the shipped corpus through the quickstart's target."""
+    with initialize_config_dir(config_folder(), version_base="1.3"):
+        config = compose("train", overrides=["target.dtype=float32"])
+    target = instantiate(config.target)
+    conversations = islice(instantiate(config.data.source).load(target), 64)
+    tokens = encode_all(target.tokenizer, conversations, 2048, target.eos_token_ids)
+    batches = []
+    for number in range(num_batches):
+        part = tokens[number * BATCH : (number + 1) * BATCH]
+        input_ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+        loss_mask = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+        for row, sequence in enumerate(part):
+            length = min(LENGTH, len(sequence))
+            input_ids[row, :length], loss_mask[row, :length] = sequence.input_ids[:length], sequence.loss_mask[:length]
+        loss_mask[:, -1] = False  # its answer is cut off
+        features = target.encode(input_ids).clone()
+        target_ids = torch.cat([target.head.logits(rows).argmax(-1)[None] for rows in features])
+        lengths = torch.tensor([len(sequence) for sequence in part])
+        batches.append(FeatureBatch(input_ids, loss_mask, lengths, features, target_ids))
+    every = torch.cat([sequence.input_ids for sequence in tokens])
+    frequent = torch.bincount(every, minlength=target.head.vocab_size).topk(PRUNED).indices.sort().values
+    head = TargetHead(target.head.embed_tokens.clone(), target.head.lm_head.clone())
+    return Case(target.config, head, batches, frequent)
+
+
+def llama3_8b(num_tokens: int) -> Case:
+    """Random weights in the shape of LLaMA-3-8B's head; all rows but the last count."""
+    config = LlamaConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=1, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    weight = (torch.randn(501, 4096) * 0.02).repeat(256, 1)  # 256 times the same 501 rows: quick to make
+    input_ids = torch.randint(0, 128_256, (1, num_tokens))
+    mask = torch.ones(1, num_tokens, dtype=torch.bool)
+    mask[:, -1] = False
+    features = torch.randn(1, num_tokens, 4096)
+    batch = FeatureBatch(input_ids, mask, torch.tensor([num_tokens]), features, input_ids.clone())
+    return Case(config, TargetHead(weight, weight), [batch])
+
+
+class Trainer:
+    """One form of the step, with weights and an optimizer of its own."""
+
+    def __init__(self, case: Case, form: str, depth: int, adam: bool = True):
+        torch.manual_seed(0)
+        self.case, self.form, self.depth = case, form, depth
+        self.draft = EagleDraft.from_target(case.config)
+        # a small rate: the work is the same, and the forms stay comparable step after step
+        make = partial(torch.optim.AdamW, fused=form == "ours") if adam else torch.optim.SGD
+        self.optimizer = make(self.draft.parameters(), lr=1e-6)
+        loss = DraftLoss({"feature": FeatureRegression(), "soft_ce": SoftCrossEntropy(0.1), "top_k": TopK()})
+        self.module = HassModule(
+            self.draft, loss, Alignment(depth), case.head, torch.optim.AdamW, token_ids=case.token_ids
+        )
+
+    def step(self, batch: FeatureBatch) -> float:
+        """Forward, backward, clip, optimizer; the summed loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.form == "ours":
+            total = self.module.aligned_loss(batch, batch.features).total
+            total.backward()
+            loss = float(total.detach())
+        else:
+            embeddings, features = self.case.head.embed(batch.input_ids[:, 1:]), batch.features
+            parts = (features[:, :-1], features[:, 1:], batch.loss_mask[:, :-1])
+            loss = naive_step(self.draft, self.case.head.lm_head, embeddings, *parts, self.depth)
+        torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 0.5)
+        self.optimizer.step()
+        return loss
+
+
+def operations(case: Case, form: str, depth: int) -> float:
+    """Floating-point operations of the matrix products of one step, mean over the batches."""
+    c, total = case.config, 0.0
+    hidden, wide, vocab = c.hidden_size, c.intermediate_size, len(case.head.draft_vocabulary(case.token_ids))
+    head_dim = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
+    queries, keys = c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim
+    for batch in case.batches:
+        tokens = batch.input_ids[:, 1:].numel()
+        marked = int(batch.loss_mask[:, :-1].sum()) if form == "ours" else tokens
+        total += 2 * marked * hidden * vocab  # the target
+        for step in range(1, depth + 1):
+            bands = 1 if form == "ours" else step
+            fuse = tokens * 2 * hidden * hidden * bands * 2  # forward, weight gradient
+            keys_values = tokens * hidden * 2 * keys * bands * 3
+            own = 3 * (tokens * hidden * queries + marked * (queries * hidden + 3 * hidden * wide))
+            lm_head = marked * hidden * vocab * 2  # forward, feature gradient
+            square = tokens * batch.input_ids.shape[1] * queries
+            attention = square * (1 + 2.5 / 1) if form == "ours" else square * 2 * bands * 3
+            total += 2 * (fuse + keys_values + own + lm_head + attention)
+    return total / len(case.batches)
+
+
+def machine_rates() -> tuple[float, float]:
+    """(operations of a large matrix product, bytes of a copy) a CPU second, the best of five."""
+    a, b, block = torch.randn(512, 576), torch.randn(576, 16_384), torch.zeros(1 << 25)
+    output, other = torch.empty(512, 16_384), torch.zeros(1 << 25)
+    best = {"product": float("inf"), "copy": float("inf")}
+    for _ in range(5):
+        for name, work in (("product", lambda: torch.mm(a, b, out=output)), ("copy", lambda: other.copy_(block))):
+            start = process_time()  # of all threads, as the CPU seconds of a step
+            work()
+            best[name] = min(best[name], process_time() - start)
+    return 2 * 512 * 576 * 16_384 / best["product"], 2 * 4 * (1 << 25) / best["copy"]
+
+
+def first_tokens(batch: FeatureBatch, count: int) -> FeatureBatch:
+    """The batch's first `count` columns, all of them marked."""
+    cut = {name: getattr(batch, name)[:, :count] for name in ("input_ids", "features", "target_ids")}
+    return replace(batch, **cut, loss_mask=torch.ones_like(batch.loss_mask[:, :count]))
+
+
+def memory(name: str) -> float:
+    """VmRSS or VmHWM (the highest VmRSS so far) of this process in MB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+
+
+def forget_peak(trainer: Trainer) -> float:
+    """Give back what is free, forget the highest value so far; what is resident then, in MB."""
+    trainer.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def timed(trainers: dict[str, Trainer], repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds (of the clock, and of the CPU) and peak memory of a step, interleaved over the same batches.
+
+    The losses of `naive` and `ours` must agree.
+    """
+    spent: dict[str, list[tuple[float, float, float]]] = {name: [] for name in trainers}
+    for trainer in trainers.values():  # the optimizer's state exists from here on
+        trainer.step(first_tokens(trainer.case.batches[0], 16))
+    for number in range(repeats):
+        losses = {}
+        for name in random.Random(number).sample(list(trainers), len(trainers)):
+            trainer = trainers[name]
+            resident = forget_peak(trainer)
+            start = perf_counter(), process_time()
+            losses[name] = trainer.step(trainer.case.batches[number % len(trainer.case.batches)])
+            wall, cpu = perf_counter() - start[0], process_time() - start[1]
+            spent[name].append((wall, cpu, memory("VmHWM") - resident))
+        assert abs(losses["ours"] - losses["naive"]) < 1e-4 * abs(losses["naive"]), losses
+    keys = ("seconds", "cpu_seconds", "peak_mb")
+    return {name: dict(zip(keys, map(median, zip(*found, strict=True)), strict=True)) for name, found in spent.items()}
+
+
+def llama_peak(form: str, num_tokens: int) -> float:
+    """Peak memory in MB of one step at the shape of LLaMA-3-8B's head, depth 3, plain SGD (no optimizer state)."""
+    case = llama3_8b(num_tokens)
+    trainer = Trainer(case, form, 3, adam=False)
+    resident = forget_peak(trainer)
+    trainer.step(case.batches[0])
+    return memory("VmHWM") - resident
+
+
+def llama_row(threads: int) -> dict:
+    """Peak memory of depth 3 at the shape of LLaMA-3-8B's head: measured with few tokens, extrapolated to 2,048."""
+    found: dict = {"model": "peak = fixed + per_token x tokens (least squares over the measured sizes)"}
+    for form in ("naive", "ours"):
+        peaks = {}
+        for size in LLAMA_TOKENS:  # in a process of its own: gigabytes that leave nothing behind
+            own = [sys.executable, __file__, "--threads", str(threads), "--llama", form, str(size)]
+            done = subprocess.run(own, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+            peaks[size] = float(done.stdout.splitlines()[-1])
+        x = torch.tensor([[1.0, size] for size in peaks], dtype=torch.float64)
+        y = torch.tensor(list(peaks.values()), dtype=torch.float64)
+        fixed, per_token = torch.linalg.lstsq(x, y[:, None]).solution.flatten().tolist()
+        at_2048 = fixed + 2048 * per_token
+        found[form] = {"measured_mb": peaks, "fixed_mb": fixed, "per_token_mb": per_token, "at_2048_mb": at_2048}
+    found["peak_memory_ratio"] = found["ours"]["at_2048_mb"] / found["naive"]["at_2048_mb"]
+    return found
+
+
+def rounded(value):
+    """Four significant digits in every number of a nested result."""
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--skip", nargs="*", default=[], choices=["llama"])
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3, 5])
+    parser.add_argument("--llama", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.llama:
+        print(llama_peak(arguments.llama[0], int(arguments.llama[1])))
+        return
+    console = Console(width=140)
+    rate, copy_rate = machine_rates()
+    full = smollm2(arguments.repeats)
+    marked = sum(float(batch.loss_mask.float().mean()) for batch in full.batches) / len(full.batches)
+    rows: dict[str, dict] = {}
+    for depth in arguments.depths:
+        trainers = {"naive": Trainer(full, "naive", depth), "ours": Trainer(full, "ours", depth)}
+        if depth == 3:
+            trainers["pruned"] = Trainer(replace(full, token_ids=full.frequent), "ours", depth)
+        for name, seconds in timed(trainers, arguments.repeats).items():
+            floor = operations(trainers[name].case, trainers[name].form, depth) / rate
+            tokens_per_second = BATCH * LENGTH / seconds["seconds"]
+            rows[f"{depth}/{name}"] = {**seconds, "tokens_per_second": tokens_per_second, "floor": floor}
+            print(json.dumps(rounded({f"{depth}/{name}": rows[f"{depth}/{name}"]})), file=sys.stderr, flush=True)
+
+    def ratio(key: str, name: str, depth: int) -> float:
+        return rows[f"{depth}/{name}"][key] / rows[f"{depth}/naive"][key]
+
+    cases = [(str(depth), "ours", depth) for depth in arguments.depths]
+    cases += [("pruned", "pruned", 3)] if 3 in arguments.depths else []
+    result: dict = {
+        "tokens_per_second_ratio": {case: ratio("tokens_per_second", *of) for case, *of in cases},
+        "cpu_seconds_ratio": {case: 1 / ratio("cpu_seconds", *of) for case, *of in cases},
+        "peak_memory_ratio": {case: ratio("peak_mb", *of) for case, *of in cases},
+    }
+    if {1, 3} <= set(arguments.depths):
+        cost = {key: rows["3/ours"][key] / rows["1/ours"][key] for key in ("seconds", "cpu_seconds", "floor")}
+        result["depth3_over_depth1"] = cost | {"time_over_flops": cost["cpu_seconds"] / cost["floor"]}
+    table = Table(
+        "depth/form", "tokens/s", "s a step", "CPU s", "floor s", "CPU over floor", "peak MB", title="SmolLM2"
+    )
+    for name, row in rows.items():
+        numbers = [f"{row[key]:.2f}" for key in ("seconds", "cpu_seconds", "floor")]
+        over = row["cpu_seconds"] / row["floor"]
+        table.add_row(name, f"{row['tokens_per_second']:.0f}", *numbers, f"{over:.2f}", f"{row['peak_mb']:.0f}")
+    console.print(table)
+    console.print(f"marked rows: {marked:.1%}")
+    if "llama" not in arguments.skip:
+        result["llama3_8b_head"] = llama_row(arguments.threads)
+        console.print(result["llama3_8b_head"])
+    machine = {"gflops": rate / 1e9, "copy_gb_per_second": copy_rate / 1e9, "threads": arguments.threads}
+    machine["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    print(json.dumps(rounded(result | {"marked": marked, "machine": machine, "rows": rows})))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Batches read ahead by a thread: what a training step never waits for."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+
+class PrefetchingLoader(DataLoader):
+    """A DataLoader that reads `ahead` batches in a thread while the last one is trained on (0: none).
+
+    Attributes:
+        waited_seconds: what its readers have waited for batches so far.
+    """
+
+    def __init__(self, dataset: Any, ahead: int = 0, **kwargs: Any):
+        self.ahead, self.waited_seconds = ahead, 0.0
+        super().__init__(dataset, **kwargs)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = self._read_ahead() if self.ahead else super().__iter__()
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)  # a batch is never None
+            self.waited_seconds += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def _read_ahead(self) -> Iterator[Any]:
+        batches = super().__iter__()
+        ready: queue.Queue[Any] = queue.Queue(self.ahead)
+        stopped, end = threading.Event(), object()
+
+        def put(item: Any) -> None:
+            while not stopped.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def fill() -> None:
+            try:
+                for batch in batches:
+                    put(batch)
+                    if stopped.is_set():
+                        return
+                put(end)
+            except Exception as error:  # the reader raises it
+                put(error)
+
+        thread = threading.Thread(target=fill, name="prefetch", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not end:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+            thread.join()

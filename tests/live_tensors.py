@@ -1,0 +1,26 @@
+"""Which tensors an operation makes: the shapes of all of them, for tests of memory."""
+
+from math import prod
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Shapes(TorchDispatchMode):
+    """Records the shape of every tensor that any operation returns while it is active."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.seen.add(tuple(tensor.shape))
+        return output
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest of them."""
+        return max(prod(shape) for shape in self.seen)
