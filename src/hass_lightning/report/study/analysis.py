@@ -147,14 +147,15 @@ def _row(cell: StudyCell, metric: str) -> Row:
     if len(runs) == 1 and records[0]:
         tau = metric_interval(records[0], DECODED) if metric == DECODED else tau
     speedup = speeds[0] if len(runs) == 1 else interval_over_seeds(known) if known else _nothing()
-    steps = range(1, 1 + max(len(by) for by in [_accuracies(run) for run in runs]))
+    accuracies = [_accuracies(run) for run in runs]
+    depth = min(map(len, accuracies))
     return Row(
         cell.label,
         len({run.seed for run in runs}),
         tau,
         speedup,
         rate_intervals([record for own in records for record in own]),
-        [_mean([by[step - 1] for by in map(_accuracies, runs) if len(by) >= step]) or math.nan for step in steps],
+        np.mean([by[:depth] for by in accuracies], axis=0).tolist(),
         _mean([run.last("val/loss") for run in runs]),
         _mean([run.metrics.get("train_tokens", run.last("compute/tokens")) for run in runs]),
         _mean([run.metrics.get("train_flops", run.last("compute/flops")) for run in runs]),
@@ -207,7 +208,7 @@ def _test(cells: Sequence[StudyCell], contrasts: list[Contrast], metric: str) ->
     logs = np.log([_value(run, metric) for _, run in runs])  # type: ignore[arg-type]
     seeds = [run.seed for _, run in runs]
     estimates = estimate_over_seeds(logs, [position for position, _ in runs], seeds, contrasts)
-    if estimates is not None:
+    if estimates is not None and len(set(seeds)) > 1:
         return "seeds", effects_of(contrasts, estimates, "seeds", len(set(seeds)))
     columns = _common_questions(cells) if metric == DECODED else None
     if columns is None:

@@ -77,7 +77,9 @@ def find_factors(runs: Sequence[StudyRun]) -> Factors:
             keys[part] = words[part]
         elif len(names) > 1:
             keys[part] = {_common(list(names)): _presence(next(iter(names.values())))}
-    by_key, by_word = _named(keys), _named(words)
+    said = [part for part in words if part in keys]  # in the order of the command line, the others behind
+    by_key = _named({part: keys[part] for part in [*said, *(part for part in keys if part not in said)]})
+    by_word = _named(words)
     if len(by_key) >= 2 and len(runs) == _crossed(by_key):
         return _short(by_key)
     told = len(set(zip(*by_word.values(), strict=True))) if by_word else 0

@@ -21,7 +21,7 @@ ABSENT = "(absent)"  # the value of a key that a config does not have
 NO_SETTING = ("paths", "hydra", "logger", "name", "study", "fresh", "job", "ckpt_path", "debug", "callbacks.progress")
 
 
-@dataclass
+@dataclass(eq=False)
 class StudyRun:
     """One run: what it was made from and what came of it.
 
