@@ -18,7 +18,7 @@ from hass_lightning.report.study.analysis import analyse
 from hass_lightning.report.study.cells import find_factors, find_grid, make_cells
 from hass_lightning.report.study.claims import claims_of
 from hass_lightning.report.study.runs import StudyRun, read_run
-from hass_lightning.report.study.tables import front
+from hass_lightning.report.study.tables import front, notes
 from hass_lightning.report.study.workspace import save_workspace, workspace_spec
 
 CORNERS = [("eagle", 1), ("eagle", 3), ("hass", 1), ("hass", 3)]
@@ -28,7 +28,7 @@ INTERACTION = NULL | {("hass", 3): 0.72}
 
 def shown(study):
     return {
-        effect.contrast.name for effect in (*study.comparisons, *study.effects) if "er" in effect.verdict.split()[0]
+        effect.contrast.name for effect in (*study.comparisons, *study.effects) if effect.verdict in ("better", "worse")
     }
 
 
@@ -77,7 +77,8 @@ def test_one_seed_is_tested_over_questions_and_says_so(tmp_path):
     study = analyse(load_runs(write_sweep(tmp_path / "s", INTERACTION, num_questions=80)))
     assert study.unit == "questions"
     assert {"loss hass × depth 3", "loss=hass, depth=3 against loss=eagle, depth=1"} <= shown(study)
-    assert "paired over questions" in " ".join(claim.text for claim in claims_of(study)) or study.effects
+    assert "paired over questions" in " ".join(notes(study))
+    assert all("80 questions" in claim.evidence for claim in claims_of(study))
     tau = study.rows[0].tau
     records = study.cells[0].runs[0].records
     ours = [record for record in records if record.draft]
