@@ -20,7 +20,7 @@ from hass_lightning.measure.factorial import (
     interval_over_seeds,
     main_effects,
 )
-from hass_lightning.measure.statistics import Interval, holm, ratio_interval
+from hass_lightning.measure.statistics import LEAST_QUESTIONS, Interval, holm, paired_log_ratio, ratio_interval
 from hass_lightning.measure.trace import BASELINE, Record
 from hass_lightning.measure.verdicts import metric_interval, question_columns, speedup_interval
 from hass_lightning.report.study.cells import Grid, StudyCell, find_baseline, find_grid, make_cells
@@ -196,7 +196,9 @@ def rate_intervals(records: Sequence[Record]) -> list[Interval]:
         pairs = [by_depth.get(depth, [0, 0]) for by_depth in counts.values()]
         passed, reached = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         interval = ratio_interval(passed, reached, num_resamples=FEW_RESAMPLES)
-        result.append(interval if sum(passed) else Interval(0.0, math.nan, math.nan))
+        if not sum(passed):
+            interval = Interval(0.0, math.nan, math.nan)
+        result.append(Interval(interval.value, interval.low, min(interval.high, 1.0)))
     return result
 
 
@@ -216,7 +218,17 @@ def _test(cells: Sequence[StudyCell], contrasts: list[Contrast], metric: str) ->
     estimates = estimate_over_questions(columns, contrasts)
     if estimates is None:
         return "", []
-    return "questions", effects_of(contrasts, estimates, "questions", columns.shape[-1])
+    effects = effects_of(contrasts, estimates, "questions", columns.shape[-1])
+    return "questions", [_paired(each, columns) if each.contrast.kind == "cell" else each for each in effects]
+
+
+def _paired(effect: Effect, columns: np.ndarray) -> Effect:
+    """Head against head as hass-benchmark compares them: bootstrap-t and sign-flip permutation."""
+    head, home = (effect.contrast.weights.index(weight) for weight in (1.0, -1.0))
+    found = paired_log_ratio(*columns[:, head, 0], *columns[:, home, 0])
+    return replace(
+        effect, ratio=found.ratio, p_value=found.p_value, p_adjusted=found.p_value, detectable=found.detectable
+    )
 
 
 def _common_questions(cells: Sequence[StudyCell]) -> np.ndarray | None:
@@ -228,7 +240,7 @@ def _common_questions(cells: Sequence[StudyCell]) -> np.ndarray | None:
         question_columns(_own(next(run for run in cell.runs if run.seed == min(seeds))), DECODED) for cell in cells
     ]
     common = [question for question in sides[0] if all(question in side for side in sides)]
-    if len(common) < 2:
+    if len(common) < LEAST_QUESTIONS:
         return None
     table = np.array([[side[question] for question in common] for side in sides], dtype=float)  # [C, n, 2]
     return table.transpose(2, 0, 1)[:, :, None, :]

@@ -13,7 +13,7 @@ ABOUT = {
     "on these questions.",
     "questions": "One run a cell: tests are paired over questions. They are about these heads on these questions; a "
     "verdict on methods needs several seeds.",
-    "": "Nothing could be tested: there is neither a second seed nor a record of the same questions in all cells.",
+    "": "Nothing could be tested: there is neither a second seed nor the same five questions, decoded in all cells.",
 }
 
 
