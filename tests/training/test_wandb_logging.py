@@ -25,7 +25,7 @@ def logged(folder: Path) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for line in done.stdout.splitlines():
         record = json.loads(line)
-        found.setdefault(record["type"], []).append(record[record["type"]] if record["type"] in record else record)
+        found.setdefault(record["type"], []).append(record.get(record["type"], record))
     return found
 
 
