@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product, takewhile
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from hass_lightning.report.study.runs import ABSENT, NO_SETTING, StudyRun, differing
 

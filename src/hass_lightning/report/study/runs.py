@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from hass_lightning.ledger import Ledger
 from hass_lightning.measure.trace import BASELINE, Record, read_records
