@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "hass_lightning"
 MODULES = sorted(SOURCE.rglob("*.py"))
 COMMANDS = {
-    "train.py", "prepare.py", "benchmark.py", "report.py", "export.py", "import_head.py", "doctor.py", "cli.py",
+    "train.py", "prepare.py", "benchmark.py", "report_command.py", "export.py", "import_head.py", "doctor.py", "cli.py",
     "provenance.py",
 }  # fmt: skip
 

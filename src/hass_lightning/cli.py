@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,30 @@ def run_name(overrides: str) -> str:
     return f"{stem}-{hashlib.sha256(rest.encode()).hexdigest()[:8]}"
 
 
+NO_LABEL = (
+    "experiment",
+    "name",
+    "study",
+    "budget",
+    "hparams_search",
+    "fresh",
+    "logger",
+    "paths",
+    "trainer",
+    "callbacks",
+)
+
+
+def run_label(name: str, overrides: str) -> str:
+    """A readable name: `smoke loss=hass depth=3 seed=0` from its overrides, their keys cut to the last part."""
+    words = []
+    for part in split_overrides(overrides):
+        key, _, value = part.partition("=")
+        if key.split(".")[0] not in NO_LABEL:
+            words.append(f"{re.split('[./@]', key)[-1]}={value}" if value else key)
+    return " ".join([name, *words])[:120]
+
+
 def by_machine(fast: Any, slow: Any) -> Any:
     """`fast` on a machine that multiplies bf16 fast (a GPU, AMX, AVX-512 BF16), else `slow`: for sizes alone."""
     import torch
@@ -71,6 +96,7 @@ def by_machine(fast: Any, slow: Any) -> Any:
 
 
 OmegaConf.register_new_resolver("hass.run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("hass.run_label", run_label, replace=True)
 OmegaConf.register_new_resolver("hass.by_machine", by_machine, replace=True)
 
 

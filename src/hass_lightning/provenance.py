@@ -45,6 +45,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def add_provenance(run_dir: Path, **values: Any) -> None:
+    """Add what is known only later, such as the keys of the features."""
+    file = run_dir / "provenance.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}, indent=2) + "\n")
+
+
 def write_provenance(run_dir: Path, config: DictConfig) -> dict[str, Any]:
     """Write `provenance.json`: argv, git state, versions, seed, device, config hash. No secret is read."""
     status = _git("status", "--porcelain")

@@ -28,10 +28,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hass_lightning.cli import command
 from hass_lightning.data.datamodule import FeatureDataModule
+from hass_lightning.data.manifest import write_feature_manifest
 from hass_lightning.draft import load_draft
 from hass_lightning.draft.checkpoint import save_start
 from hass_lightning.draft.initialize import least_squares_start, start_from
-from hass_lightning.provenance import plain, write_provenance
+from hass_lightning.provenance import add_provenance, plain, write_provenance
 from hass_lightning.report import run_report
 from hass_lightning.target.model import working_dtype
 from hass_lightning.training.callbacks import DecodingBenchmark, decode_metrics
@@ -39,6 +40,7 @@ from hass_lightning.training.compute import ComputeMeter, RunCost
 from hass_lightning.training.last_checkpoint import find_last_checkpoint
 from hass_lightning.training.module import HassModule
 from hass_lightning.training.strategy import check_trainer_config
+from hass_lightning.training.wandb_logging import close_wandb, log_results, wandb_settings
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +115,9 @@ def fit(
     module = instantiate(node)(draft=draft, head=target.head, token_ids=token_ids)
     trainer = make_trainer(config, data, callbacks, loggers, module)
     store, _ = data.stores()  # before any process group waits: another process of this run waits at the file lock
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the trainer does not know its rank yet
+        keys = write_feature_manifest(run_dir / "features.json", target, data.tokens(), data.stores())
+        add_provenance(run_dir, features=keys)
     last = config.ckpt_path or find_last_checkpoint(run_dir / "checkpoints")
     if last:
         log.info("resuming from %s", last)
@@ -215,10 +220,8 @@ def make_loggers(config: DictConfig, run_dir: Path) -> list[Logger]:
         if not node:
             continue
         if "WandbLogger" in node._target_:
-            offline_without_key()
-            loggers.append(
-                instantiate(node, _partial_=True, _convert_="all")(config=plain(config), id=wandb_run_id(run_dir))
-            )
+            settings = wandb_settings(plain(config), run_dir)
+            loggers.append(instantiate(node, _partial_=True, _convert_="all")(**settings))
         else:
             loggers.append(instantiate(node))
     return loggers
@@ -230,40 +233,6 @@ def keep_curves(run_dir: Path) -> None:
     if curves.exists() and int(os.environ.get("LOCAL_RANK", "0")) == 0:
         number = len(list(curves.parent.glob("metrics.*.csv")))
         curves.rename(curves.with_name(f"metrics.{number}.csv"))
-
-
-def offline_without_key() -> None:
-    """W&B without a key and without `WANDB_MODE` is offline, said in one line."""
-    import netrc
-
-    if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
-        return
-    try:
-        known = netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError):
-        known = {}
-    if not any("wandb" in host for host in known):
-        os.environ["WANDB_MODE"] = "offline"
-        log.info("no W&B key: the run is logged offline (upload it later with `wandb sync`)")
-
-
-def wandb_run_id(run_dir: Path) -> str:
-    """One W&B id a run folder, so that a resumed run is the same run."""
-    import uuid
-
-    file = run_dir / "wandb_id"
-    if not file.exists():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file.write_text(uuid.uuid4().hex[:8])
-    return file.read_text().strip()
-
-
-def close_wandb() -> None:
-    """Close the W&B run, if there is one, whatever happened."""
-    import sys
-
-    if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
-        wandb.finish()
 
 
 def measure(
@@ -285,24 +254,10 @@ def measure(
         metrics |= {"tokens_per_second": row["tokens_per_second"], "num_prompts": row["num_prompts"], **checked}
         for logger in loggers:
             logger.log_metrics(decode_metrics(rows, records), step=saved.notes.get("step"))
-        log_table(loggers, records, target)
     questions = {c.id: c.question for c in data.validation_conversations}
+    log_results(loggers, run_dir, metrics, records, target.tokenizer, questions)
     run_report(run_dir, rows, records, tokenizer=target.tokenizer, prompts=questions)
     return metrics
-
-
-def log_table(loggers: list[Logger], records: list[Any], target: Any) -> None:
-    """A W&B table with one row a prompt and decoder."""
-    for logger in loggers:
-        if hasattr(logger, "log_table"):
-            columns = ["prompt", "decoder", "num_tokens", "acceptance_length", "seconds", "text"]
-            content = []
-            for r in records:
-                cycles = max(1, len(r.accepted))
-                tau = (sum(r.accepted) + len(r.accepted)) / cycles
-                text = target.tokenizer.decode(r.token_ids)
-                content.append([r.prompt_id, r.decoder, r.num_tokens, tau, sum(r.seconds.values()), text])
-            logger.log_table("decode/prompts", columns=columns, data=content)
 
 
 if __name__ == "__main__":

@@ -7,21 +7,29 @@ import subprocess
 
 import pytest
 from report_factory import Words, make_records, write_run
+from study_factory import write_sweep
 
 from hass_lightning.measure.summary import summarize
 from hass_lightning.report import benchmark_report, run_report
+from hass_lightning.report.study import load_runs, study_report
+from hass_lightning.report.study.analysis import analyse
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (.ci/run installs it)")
-@pytest.mark.parametrize("kind", ["run", "benchmark"])
+@pytest.mark.parametrize("kind", ["run", "benchmark", "study"])
 def test_the_page_opens_without_network(tmp_path, kind):
-    folder = write_run(tmp_path / "run")
-    records = make_records()
-    report = run_report if kind == "run" else benchmark_report
-    path = report(folder, summarize(records), records, Words())
+    if kind == "study":
+        rates = {(loss, depth): 0.5 + 0.05 * depth for loss in ("eagle", "hass") for depth in (1, 2, 3)}
+        sweep = write_sweep(tmp_path / "sweep", rates, seeds=(0, 1))
+        path = study_report(analyse(load_runs(sweep)), sweep, kind)["html"]
+    else:
+        folder = write_run(tmp_path / "run")
+        records = make_records()
+        report = run_report if kind == "run" else benchmark_report
+        path = report(folder, summarize(records), records, Words())
     command = [
         *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"),
         *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"),

@@ -68,6 +68,7 @@ class FeatureStore:
         """These sequences alone, in this order, of the same files."""
         sequences, ids = ([values[index] for index in indices] for values in (self.sequences, self.ids))
         return replace(self, sequences=tuple(sequences), ids=tuple(ids))  # type: ignore[arg-type]
+
     def prepare(self, indices: Sequence[int]) -> None:
         """Nothing: what is on disk is read one by one."""
 

@@ -45,7 +45,7 @@ def resampling_counts(num_questions: int, num_resamples: int, seed: int) -> NDAr
     return rng.multinomial(num_questions, np.full(num_questions, 1 / num_questions), size=num_resamples).astype(float)
 
 
-def log_ratio_errors(columns: NDArray, signs: Sequence[int]) -> tuple[NDArray, NDArray]:
+def log_ratio_errors(columns: NDArray, signs: Sequence[float]) -> tuple[NDArray, NDArray]:
     """θ [S] and its standard error [S] (linearised, questions independent) of `columns` [K, S, n]."""
     n = columns.shape[-1]
     sums = columns.sum(-1)  # [K, S]

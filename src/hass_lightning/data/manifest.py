@@ -1,0 +1,41 @@
+"""Which features a head was trained on: their keys, counts and checksums, small enough to be kept with every run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hass_lightning.data.features import feature_key
+from hass_lightning.target.model import TargetModel
+from hass_lightning.types import Tokens
+
+SHARD_SIZE = 256  # a key holds whatever the shards' size is; this one only makes it comparable
+
+
+def write_feature_manifest(
+    path: Path, target: TargetModel, tokens: Sequence[Sequence[Tokens]], stores: Sequence[Any]
+) -> dict[str, str]:
+    """Write the manifest of the training and the validation features.
+
+    Args:
+        tokens: (training, validation) sequences. stores: their features; one on disk has a `folder` with its notes.
+
+    Returns:
+        the content key by split (equal keys: equal target, tokens, masks and dtype).
+    """
+    manifest: dict[str, Any] = {"target": target.name, "target_fingerprint": target.fingerprint}
+    for split, sequences, store in zip(("train", "validation"), tokens, stores, strict=True):
+        folder = getattr(store, "folder", None)
+        notes = sorted(folder.glob("shard-*.json")) if folder is not None else []
+        manifest[split] = {
+            "key": feature_key(target, sequences, SHARD_SIZE),
+            "num_sequences": len(sequences),
+            "num_tokens": sum(len(sequence) for sequence in sequences),
+            "num_marked_tokens": sum(int(sequence.loss_mask.sum()) for sequence in sequences),
+            "shards": {note.stem: json.loads(note.read_text()) for note in notes},
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(manifest, indent=2) + "\n")
+    return {split: manifest[split]["key"] for split in ("train", "validation")}

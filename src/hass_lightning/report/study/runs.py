@@ -1,0 +1,177 @@
+"""The runs of a study, read from a sweep folder (its ledger) or from run folders: no network, no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from hass_lightning.ledger import Ledger
+from hass_lightning.measure.trace import BASELINE, Record, read_records
+from hass_lightning.report.curves import Curve, read_curves
+from hass_lightning.report.provenance_text import read_json
+
+ABSENT = "(absent)"  # the value of a key that a config does not have
+# What names, places, watches or steers a run without deciding its result.
+NO_SETTING = ("paths", "hydra", "logger", "name", "study", "fresh", "job", "ckpt_path", "debug", "callbacks.progress")
+
+
+@dataclass(eq=False)
+class StudyRun:
+    """One run: what it was made from and what came of it.
+
+    `settings` are the keys of its config that can decide the result, flat and as written (interpolations unresolved),
+    `seed` apart; `overrides` the words of its command line, by key.
+    """
+
+    folder: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    status: str = "completed"
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.name
+
+    @cached_property
+    def curves(self) -> dict[str, Curve]:
+        """Its training curves."""
+        return read_curves(self.folder)
+
+    def last(self, name: str) -> float | None:
+        """The last logged value of a curve."""
+        curve = self.curves.get(name)
+        return curve[-1][1] if curve else None
+
+
+def load_runs(
+    paths: str | Path | Sequence[str | Path], records: str | Path | Sequence[str | Path] = ()
+) -> list[StudyRun]:
+    """The runs of a sweep folder, of several, or of single run folders.
+
+    Args:
+        paths: one folder or a list. records: folders (or files) of `hass-benchmark` that measured these heads together;
+            its labels are the names of the run folders. What they hold takes the place of the runs' own records.
+
+    Raises:
+        ValueError: a folder that is neither a sweep nor a run, or records that fit no run.
+    """
+    runs: list[StudyRun] = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        runs += _load(Path(path))
+    if not runs:
+        raise ValueError("runs is empty: give a sweep folder (runs/sweeps/<name>) or a list of run folders.")
+    for path in [records] if isinstance(records, str | Path) else records:
+        _take_records(runs, Path(path))
+    return runs
+
+
+def _load(path: Path) -> list[StudyRun]:
+    ledger = Ledger(path)
+    if ledger.path.is_file():
+        found = []
+        for entry in ledger.latest().values():
+            # a sweep folder that was moved or copied still has its cells, under their names
+            folder = next((f for f in (path / entry.cell, Path(entry.folder)) if f.is_dir()), path / entry.cell)
+            run = read_run(folder, entry.overrides)
+            run.status, run.error = entry.status, entry.error or ""
+            run.metrics = run.metrics or entry.result
+            found.append(run)
+        return found
+    if (path / ".hydra").is_dir() or (path / "metrics.json").is_file():
+        return [read_run(path)]
+    below = sorted(folder.parent for folder in path.glob("*/metrics.json"))
+    if below:
+        return [read_run(folder) for folder in below]
+    raise ValueError(
+        f"runs: {path} is neither a sweep folder (with ledger.jsonl) nor a run folder (with metrics.json or .hydra); "
+        "hass-train -m … prints its sweep folder at the end."
+    )
+
+
+def read_run(folder: Path, overrides: Sequence[str] | None = None) -> StudyRun:
+    """One run folder; whatever is missing or damaged is left empty."""
+    config = _yaml(folder / ".hydra" / "config.yaml")
+    if overrides is None:
+        written = _yaml(folder / ".hydra" / "overrides.yaml")
+        overrides = [str(each) for each in written] if isinstance(written, list) else []
+    flat = flatten(config) if isinstance(config, dict) else {}
+    settings = {key: value for key, value in flat.items() if not _is_part_of(key, NO_SETTING)}
+    seed = settings.pop("seed", 0)
+    records_file = folder / "records.jsonl"
+    metrics = read_json(folder / "metrics.json")
+    return StudyRun(
+        folder,
+        settings,
+        dict(_split(override) for override in overrides),
+        seed if isinstance(seed, int) else 0,
+        metrics,
+        read_json(folder / "provenance.json"),
+        read_records(records_file) if records_file.is_file() else [],
+        "completed" if metrics else "unfinished",
+    )
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError):
+        return {}
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, _, value = override.partition("=")
+    return key.lstrip("+~"), value
+
+
+def _is_part_of(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists become tuples, so that every value can be compared and hashed."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found |= flatten(value, f"{name}.")
+        elif isinstance(value, list):
+            found[name] = tuple(json.dumps(each) if isinstance(each, dict | list) else each for each in value)
+        else:
+            found[name] = value
+    return found
+
+
+def _take_records(runs: list[StudyRun], path: Path) -> None:
+    """Give each run the records of its head, and all of them the baseline's."""
+    records = read_records(path / "records.jsonl" if path.is_dir() else path)
+    shared = [record for record in records if record.decoder == BASELINE or not record.draft]
+    taken = False
+    for run in runs:
+        names = (run.name, f"{run.folder.resolve().parent.name}/{run.name}")
+        own = [record for record in records if record.draft in names]
+        if own:
+            run.records, taken = [*shared, *own], True
+    if not taken:
+        labels = sorted({record.draft for record in records if record.draft})
+        raise ValueError(
+            f"records: {path} measured {', '.join(labels) or 'no head'}, and none of these is a run folder of runs."
+        )
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Keys whose values are not all the same, with the value in each mapping."""
+    keys = dict.fromkeys(key for each in settings for key in each)
+    columns = {key: [each.get(key, ABSENT) for each in settings] for key in keys}
+    return {key: values for key, values in columns.items() if any(value != values[0] for value in values)}

@@ -1,0 +1,154 @@
+"""The W&B dashboard of a study as code: one description, saved online with wandb-workspaces, or written to a file."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from hass_lightning.report.study.analysis import Study
+from hass_lightning.report.study.claims import claims_of
+
+log = logging.getLogger(__name__)
+SPEC_FILE = "wandb_workspace.json"
+AXES = {
+    "step": "trainer/global_step",
+    "tokens": "compute/tokens",
+    "FLOPs": "compute/flops",
+    "seconds": "compute/seconds",
+}
+
+
+def workspace_spec(study: Study, name: str, project: str, entity: str | None = None) -> dict[str, Any]:
+    """Sections and panels that show the ablation at a glance, as plain data: `kind` is a class of wandb_workspaces.
+
+    Acceptance and loss over every axis of compute, accept rates by depth, final bars a cell; the runs of the sweep's
+    group alone, grouped by what tells its cells apart.
+    """
+    deepest = max((len(row.rates) for row in study.rows), default=0)
+    steps = max((len(row.teacher_forced) for row in study.rows), default=0)
+
+    def lines(x: str, *y: str) -> dict[str, Any]:
+        return {"kind": "LinePlot", "x": x, "y": list(y)}
+
+    def bars(*metrics: str) -> dict[str, Any]:
+        return {"kind": "BarPlot", "metrics": list(metrics)}
+
+    sections = [
+        {
+            "name": "At a glance",
+            "panels": [
+                bars("final/acceptance_length"),
+                bars("final/speedup"),
+                lines(AXES["step"], "val/acceptance_length"),
+            ],
+        },
+        *(
+            {"name": f"By {title}", "panels": [lines(axis, "val/acceptance_length"), lines(axis, "val/loss")]}
+            for title, axis in AXES.items()
+        ),
+        {
+            "name": "By depth",
+            "panels": [
+                *(bars(f"decode/accept_rate/depth{depth}") for depth in range(1, deepest + 1)),
+                *(lines(AXES["step"], f"val/accuracy/step{step}") for step in range(1, steps + 1)),
+            ],
+        },
+        {"name": "Loss", "panels": [lines(AXES["step"], "train/loss"), lines(AXES["step"], "val/loss")]},
+    ]
+    return {
+        "name": f"Study {name}",
+        "entity": entity,
+        "project": project,
+        "group": name,
+        "group_by": _keys(study),
+        "sections": sections,
+        "claims": [f"{claim.text} ({claim.evidence})" for claim in claims_of(study)],
+    }
+
+
+def _keys(study: Study) -> list[str]:
+    """The config keys behind the factors, one a factor, where a config key says it."""
+    keys = []
+    for factor in study.cells[0].levels:
+        fitting = [key for key in study.cells[0].settings if key == factor or key.endswith(f".{factor}")]
+        keys += fitting[:1]
+    return keys
+
+
+def save_workspace(spec: dict[str, Any], folder: Path) -> str:
+    """Save the workspace and a W&B report with the claims; else write the description and say what is missing.
+
+    Returns:
+        the address of the workspace, or the path of the file.
+    """
+    path = folder / SPEC_FILE
+    path.write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
+    missing = _missing(spec)
+    if missing:
+        log.warning("the W&B workspace is described in %s and not saved: %s", path, missing)
+        return str(path)
+    workspace = build_workspace(spec)
+    workspace.save()
+    build_report(spec).save()
+    return str(workspace.url)
+
+
+def _missing(spec: dict[str, Any]) -> str:
+    """What keeps the workspace from being saved, with its cure; empty if nothing does."""
+    try:
+        importlib.import_module("wandb_workspaces.workspaces")
+    except ImportError:
+        return "pip install wandb-workspaces, then the same command"
+    if not os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline":
+        return (
+            "set WANDB_API_KEY (and not WANDB_MODE=offline), upload the runs with `wandb sync`, then the same command"
+        )
+    return "" if spec["entity"] else "name the owner of the project: wandb_entity=<you or your team>"
+
+
+def _panels(module: Any, section: dict[str, Any]) -> list[Any]:
+    return [
+        getattr(module, panel["kind"])(**{key: value for key, value in panel.items() if key != "kind"})
+        for panel in section["panels"]
+    ]
+
+
+def build_workspace(spec: dict[str, Any]) -> Any:
+    """The description as a `wandb_workspaces.workspaces.Workspace`, not yet saved."""
+    reports: Any = importlib.import_module("wandb_workspaces.reports.v2")
+    workspaces: Any = importlib.import_module("wandb_workspaces.workspaces")
+    expressions: Any = importlib.import_module("wandb_workspaces.expr")
+    return workspaces.Workspace(
+        name=spec["name"],
+        entity=spec["entity"],
+        project=spec["project"],
+        sections=[
+            workspaces.Section(name=section["name"], panels=_panels(reports, section), is_open=number < 2)
+            for number, section in enumerate(spec["sections"])
+        ],
+        runset_settings=workspaces.RunsetSettings(
+            filters=[expressions.Metric("Group") == spec["group"]],
+            groupby=[expressions.Config(key) for key in spec["group_by"]],
+        ),
+    )
+
+
+def build_report(spec: dict[str, Any]) -> Any:
+    """The claims and the first panels as a W&B report, not yet saved."""
+    reports: Any = importlib.import_module("wandb_workspaces.reports.v2")
+    group = f"Metric('Group') == '{spec['group']}'"
+    runset = reports.Runset(entity=spec["entity"], project=spec["project"], filters=group)
+    return reports.Report(
+        entity=spec["entity"],
+        project=spec["project"],
+        title=spec["name"],
+        blocks=[
+            reports.H1(text="Claims"),
+            reports.UnorderedList(items=spec["claims"]),
+            reports.PanelGrid(runsets=[runset], panels=_panels(reports, spec["sections"][0])),
+        ],
+    )

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from study_factory import config_of, write_cell, write_records, write_sweep
+from test_pages import Tags, check_self_contained
+
+from hass_lightning.ledger import Entry, Ledger
+from hass_lightning.measure.factorial import Contrast, Effect
+from hass_lightning.measure.statistics import Interval
+from hass_lightning.report.study import load_runs, why_line
+from hass_lightning.report.study.analysis import analyse
+from hass_lightning.report.study.cells import find_factors, find_grid, make_cells
+from hass_lightning.report.study.claims import claims_of
+from hass_lightning.report.study.runs import StudyRun, read_run
+from hass_lightning.report.study.tables import front, notes
+from hass_lightning.report.study.workspace import save_workspace, workspace_spec
+
+CORNERS = [("eagle", 1), ("eagle", 3), ("hass", 1), ("hass", 3)]
+NULL = dict.fromkeys(CORNERS, 0.6)
+INTERACTION = NULL | {("hass", 3): 0.72}
+
+
+def shown(study):
+    return {
+        effect.contrast.name for effect in (*study.comparisons, *study.effects) if effect.verdict in ("better", "worse")
+    }
+
+
+def cell(tmp_path, name, overrides=(), **settings):
+    return StudyRun(tmp_path / name, settings, dict(each.split("=", 1) for each in overrides))
+
+
+# --- a sweep, read and reported --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A sweep with a planted effect of depth, reported by the command."""
+    folder = tmp_path_factory.mktemp("sweeps") / "paper_ablation"
+    return write_sweep(folder, {corner: 0.55 + 0.15 * (corner[1] == 3) for corner in CORNERS}, seeds=(0, 1, 2))
+
+
+def test_a_planted_main_effect_is_claimed_and_every_file_written(reported, call_command):
+    done = call_command("report_command", f"runs={reported}")
+    assert done.code == 0, done.err
+    result = json.loads(done.out.strip().splitlines()[-1])
+    assert (result["metric"], result["unit"], result["baseline"]) == (
+        "acceptance_length",
+        "seeds",
+        "loss=eagle, depth=1",
+    )
+    assert [each["cell"] for each in result["cells"]] == [f"loss={loss}, depth={depth}" for loss, depth in CORNERS]
+    verdicts = {test["name"]: test["verdict"] for test in result["tests"]}
+    assert verdicts["depth: 3 against 1"] == verdicts["loss=eagle, depth=3 against loss=eagle, depth=1"] == "better"
+    assert verdicts["loss: hass against eagle"] == verdicts["loss hass × depth 3"] == "no difference is shown"
+    assert set(result["files"]) == {"html", "md", "tex", "csv"}
+    tags = Tags((reported / "report.html").read_text())
+    check_self_contained(tags)
+    for expected in ("Main effects and interactions", "Exposure gap", "τ against training compute", "What differs"):
+        assert expected in tags.text
+    assert "/home/someone" not in tags.text
+    (line, *_) = csv.DictReader((reported / "table.csv").open())
+    assert float(line["tau_low"]) < float(line["tau"]) < float(line["tau_high"])
+    assert {"a1_low", "speedup_high", "tflops", "tokens_thousands", "val_loss"} <= set(line)
+    assert (reported / "table.tex").read_text().startswith("\\begin{tabular}")
+    assert "| depth: 3 against 1 | main effect |" in (reported / "report.md").read_text()
+    assert "better" in done.err  # the table of the terminal
+
+
+def test_one_seed_is_tested_over_questions_and_says_so(tmp_path):
+    study = analyse(load_runs(write_sweep(tmp_path / "s", INTERACTION, num_questions=80)))
+    assert study.unit == "questions"
+    assert {"loss hass × depth 3", "loss=hass, depth=3 against loss=eagle, depth=1"} <= shown(study)
+    assert "paired over questions" in " ".join(notes(study))
+    assert all("80 questions" in claim.evidence for claim in claims_of(study))
+    tau = study.rows[0].tau
+    records = study.cells[0].runs[0].records
+    ours = [record for record in records if record.draft]
+    assert tau.value == pytest.approx(
+        sum(sum(r.accepted) + len(r.accepted) for r in ours) / sum(len(r.accepted) for r in ours)
+    )
+    assert study.rows[0].rates[0].value == pytest.approx(
+        np.mean([accepted >= 1 for record in ours for accepted in record.accepted])
+    )
+
+
+def test_null_sweeps_claim_nothing_as_a_rule(tmp_path):
+    """The rate itself: tests/measure/test_factorial.py; here the whole path from files to claims."""
+    claimed = [shown(analyse(load_runs(write_sweep(tmp_path / str(n), NULL, rng_seed=n)))) for n in range(6)]
+    assert sum(bool(each) for each in claimed) <= 1
+
+
+def test_heads_that_were_measured_together_take_those_records(tmp_path):
+    runs = [write_cell(tmp_path / loss, config_of(loss, 1, 0), [f"model/loss={loss}"]) for loss in ("eagle", "hass")]
+    assert analyse(load_runs(runs)).metric == "simulated_acceptance_length"
+    bench = tmp_path / "bench"
+    bench.mkdir()
+    lines = ""
+    for number, loss in enumerate(("eagle", "hass")):
+        write_records(bench, np.random.default_rng(number), 0.4 + 0.3 * number, 40, draft=loss)
+        lines += (bench / "records.jsonl").read_text()
+    (bench / "records.jsonl").write_text(lines)
+    study = analyse(load_runs(runs, bench))
+    assert (study.metric, study.unit) == ("acceptance_length", "questions")
+    assert [effect.verdict for effect in study.comparisons] == ["better"]
+    with pytest.raises(ValueError, match="measured eagle, hass, and none of these"):
+        load_runs([tmp_path / "third"] if write_cell(tmp_path / "third", config_of("x", 1, 0), []) else [], bench)
+
+
+def test_what_failed_is_named_and_what_is_no_run_refused(tmp_path):
+    folder = write_sweep(tmp_path / "s", NULL, num_questions=5)
+    Ledger(folder).append(
+        Entry("lost", "failed", ["seed=9"], "hash", "/gone/lost", error="out of memory (exit code 1)")
+    )
+    study = analyse(load_runs(folder))
+    assert study.left_out == [("lost", "out of memory (exit code 1)")]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="neither a sweep folder"):
+        load_runs(tmp_path / "empty")
+    with pytest.raises(ValueError, match="runs is empty"):
+        load_runs([])
+    with pytest.raises(ValueError, match="baseline=depth=9 fits 0 cells"):
+        analyse(load_runs(folder), baseline="depth=9")
+    assert analyse(load_runs(folder), baseline="loss=hass,depth=3").baseline == 3
+    with pytest.raises(ValueError, match="decoder=medusa"):
+        analyse(load_runs(folder), decoder="medusa")
+
+
+# --- cells and factors -----------------------------------------------------------------------------------------------
+
+
+def test_keys_that_change_together_are_one_factor_with_the_words_of_the_command_line(tmp_path):
+    runs = [
+        cell(tmp_path, "a", ["experiment=eagle"], **{"m.depth": 1}),
+        cell(tmp_path, "b", ["experiment=had"], **{"m.depth": 1, "m.top_k.k": 10, "m.top_k.weight": 1.0}),
+        cell(tmp_path, "c", ["experiment=hca"], **{"m.depth": 3}),
+        cell(tmp_path, "d", ["experiment=hass"], **{"m.depth": 3, "m.top_k.k": 10, "m.top_k.weight": 1.0}),
+    ]
+    # four experiments that cross fully are seen as what they are
+    assert find_factors(runs) == {"depth": [1, 1, 3, 3], "top_k": ["without", "with", "without", "with"]}
+    # three do not cross, and the command line says it all
+    assert find_factors(runs[:3]) == {"experiment": ["eagle", "had", "hca"]}
+    words = [cell(tmp_path, f"{k}", [f"model.k={k}", f"seed={k}"], **{"model.k": k}) for k in (1, 5)]
+    assert find_factors(words) == {"k": [1, 5]}
+
+
+def test_an_incomplete_crossing_loses_the_levels_that_are_missing_and_keeps_the_baseline(tmp_path):
+    pairs = [(k, w) for k in (1, 10, 100) for w in (0.1, 1.0)] + [(10, 0.0)]
+    runs = [cell(tmp_path, f"{k}-{w}", [f"k={k}", f"w={w}"], k=k, w=w) for k, w in pairs]
+    cells = make_cells(runs)
+    grid = find_grid(cells, baseline=2)
+    assert grid.levels == {"k": [10, 1, 100], "w": [0.1, 1.0]}
+    assert grid.left_out == ("w=0",)
+    assert [cells[position].label for position in grid.cells][:2] == ["k=10, w=0.1", "k=10, w=1"]
+    assert find_grid(make_cells(runs[:2]), 0) is None
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_cell(tmp_path):
+    folder = write_sweep(tmp_path / "s", NULL, seeds=(0, 1), num_questions=3)
+    cells = make_cells(load_runs(folder))
+    assert [len(each.runs) for each in cells] == [2, 2, 2, 2]
+
+
+def test_better_needs_the_interval_and_the_adjusted_p():
+    contrast = Contrast("cell", "a against b", (1.0, -1.0))
+
+    def verdict(low, high, p):
+        return Effect(contrast, Interval(1.05, low, high), 0.01, p, "seeds", 3, 0.02).verdict
+
+    assert verdict(1.01, 1.09, 0.01) == "better"
+    assert verdict(1.01, 1.09, 0.06) == verdict(0.99, 1.11, 0.04) == "no difference is shown"
+    worse = Effect(contrast, Interval(0.9, 0.85, 0.95), 0.01, 0.02, "seeds", 3, 0.02)
+    assert worse.verdict == "worse"
+
+
+def test_the_front_holds_what_nothing_beats(tmp_path):
+    from types import SimpleNamespace
+
+    rows = [SimpleNamespace(tau=SimpleNamespace(value=tau)) for tau in (2.0, 2.5, 2.4, 2.6)]
+    assert front(rows, [10.0, 20.0, 30.0, 40.0]) == [0, 1, 3]
+
+
+# --- why, and the workspace ------------------------------------------------------------------------------------------
+
+
+def test_why_names_keys_code_and_data_in_one_line(tmp_path, call_command):
+    one = write_cell(tmp_path / "one", config_of("eagle", 1, 0), [])
+    two = write_cell(
+        tmp_path / "two", config_of("eagle", 3, 1), [], git_commit="b" * 40, git_dirty=True,
+        versions={"torch": "2.12"}, features={"train": "f2"},
+    )  # fmt: skip
+    done = call_command("report_command", f"why=[{one},{two}]")
+    assert done.code == 0, done.err
+    line, last = done.out.strip().splitlines()[-2:]
+    assert json.loads(last)["why"] == line
+    assert "model.alignment.depth (1 → 3), seed (0 → 1)" in line
+    assert "commit aaaaaaaaaa → bbbbbbbbbb (with changes that are in no commit: two), torch 2.13 → 2.12" in line
+    assert line.endswith("data: other features (train f1 → f2).")
+    same = why_line(read_run(one), read_run(one))
+    assert "the same config; code: the same commit aaaaaaaaaa; data: the same features." in same
+    assert call_command("report_command", f"why=[{one}]").code == 1
+
+
+def test_the_workspace_is_described_in_a_file_where_it_cannot_be_saved(tmp_path, monkeypatch, caplog):
+    study = analyse(load_runs(write_sweep(tmp_path / "s", NULL, num_questions=5)))
+    spec = workspace_spec(study, "s", "hass_lightning")
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    path = save_workspace(spec, tmp_path)
+    assert json.loads(Path(path).read_text()) == spec
+    assert "pip install wandb-workspaces" in caplog.text
+    axes = {panel.get("x") for section in spec["sections"] for panel in section["panels"]} - {None}
+    assert axes == {"trainer/global_step", "compute/tokens", "compute/flops", "compute/seconds"}
+    bars = {
+        metric for section in spec["sections"] for panel in section["panels"] for metric in panel.get("metrics", [])
+    }
+    assert {"decode/accept_rate/depth1", "decode/accept_rate/depth3", "final/acceptance_length"} <= bars
+    assert spec["group"] == "s" and "model.alignment.depth" in spec["group_by"]
