@@ -26,16 +26,17 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hass_lightning.cli import command
+from hass_lightning.cli import command, is_first_process
 from hass_lightning.data.datamodule import FeatureDataModule
 from hass_lightning.draft import load_draft
 from hass_lightning.draft.initialize import least_squares_start
-from hass_lightning.provenance import plain, write_provenance
+from hass_lightning.provenance import plain, refuse_other_config, write_provenance
 from hass_lightning.report import run_report
 from hass_lightning.target.model import working_dtype
+from hass_lightning.target.source import server_answers
 from hass_lightning.training.callbacks import DecodingBenchmark, decode_metrics
 from hass_lightning.training.last_checkpoint import find_last_checkpoint
-from hass_lightning.training.strategy import check_trainer_config
+from hass_lightning.training.strategy import check_trainer_config, lost_process
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,10 @@ def main(config: DictConfig) -> dict[str, Any]:
     L.seed_everything(config.seed, workers=True, verbose=False)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    rank_zero = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    rank_zero = is_first_process()
     if rank_zero:
+        begun = find_last_checkpoint(run_dir / "checkpoints") or (run_dir / "trained").exists()
+        refuse_other_config(run_dir, config, begun=bool(begun))
         write_provenance(run_dir, config)
 
     target = instantiate(config.target)
@@ -75,7 +78,7 @@ def main(config: DictConfig) -> dict[str, Any]:
         for logger in loggers:
             logger.finalize(status)
         close_wandb()
-    metrics["run_dir"] = str(run_dir)
+    metrics |= {"run_dir": str(run_dir), "data_hash": data.data_hash()}
     metrics["_metric"] = metrics.get(str(config.optimized_metric).split("/")[-1])
     finished.write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
@@ -83,7 +86,7 @@ def main(config: DictConfig) -> dict[str, Any]:
 
 def forget(run_dir: Path) -> None:
     """Remove what an earlier run left in this folder (fresh=true), in the first process."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if is_first_process():
         for name in ("checkpoints", "draft", "csv", "tensorboard"):
             shutil.rmtree(run_dir / name, ignore_errors=True)
         for name in ("records.jsonl", "metrics.json", "trained", "train_seconds.json", "wandb_id", "report.html"):
@@ -123,6 +126,13 @@ def fit(
         trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
         if trainer.global_step * trainer.accumulate_grad_batches % int(trainer.val_check_interval):
             trainer.validate(module, datamodule=data, verbose=False)  # the last steps count, too
+    except RuntimeError as error:
+        if lost_process(error):
+            raise ConnectionError(
+                "another process of this run has died (its own lines, or the system's log, say of what; kill -9 and a "
+                "lack of memory leave none): this one stops, too. The same command goes on from the last checkpoint."
+            ) from error
+        raise
     finally:
         seconds = before + time.perf_counter() - started
         if trainer.is_global_zero:
@@ -188,7 +198,7 @@ def make_loggers(config: DictConfig, run_dir: Path) -> list[Logger]:
         if not node:
             continue
         if "WandbLogger" in node._target_:
-            offline_without_key()
+            offline_without_server()
             loggers.append(
                 instantiate(node, _partial_=True, _convert_="all")(config=plain(config), id=wandb_run_id(run_dir))
             )
@@ -200,24 +210,30 @@ def make_loggers(config: DictConfig, run_dir: Path) -> list[Logger]:
 def keep_curves(run_dir: Path) -> None:
     """Move the curves of an interrupted attempt aside: Lightning's CSVLogger would delete them."""
     curves = run_dir / "csv" / "metrics.csv"
-    if curves.exists() and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if curves.exists() and is_first_process():
         number = len(list(curves.parent.glob("metrics.*.csv")))
         curves.rename(curves.with_name(f"metrics.{number}.csv"))
 
 
-def offline_without_key() -> None:
-    """W&B without a key and without `WANDB_MODE` is offline, said in one line."""
+def offline_without_server() -> None:
+    """W&B is offline without a key, and where its server does not answer, unless `WANDB_MODE` says another; in one line."""
     import netrc
 
-    if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_MODE"):
         return
     try:
         known = netrc.netrc().hosts
     except (OSError, netrc.NetrcParseError):
         known = {}
-    if not any("wandb" in host for host in known):
-        os.environ["WANDB_MODE"] = "offline"
-        log.info("no W&B key: the run is logged offline (upload it later with `wandb sync`)")
+    server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    if not os.environ.get("WANDB_API_KEY") and not any("wandb" in host for host in known):
+        reason = "no W&B key"
+    elif not server_answers(server):
+        reason = f"the W&B server {server} does not answer"
+    else:
+        return
+    os.environ["WANDB_MODE"] = "offline"
+    log.info("%s: the run is logged offline (upload it later with `wandb sync`)", reason)
 
 
 def wandb_run_id(run_dir: Path) -> str:

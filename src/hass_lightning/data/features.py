@@ -11,13 +11,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -93,18 +93,19 @@ def extract_features(
     folder = Path(cache_dir or cache_root()) / "features" / feature_key(target, tokens, shard_size)
     folder.mkdir(parents=True, exist_ok=True)
     shards = [tokens[start : start + shard_size] for start in range(0, len(tokens), shard_size)]
-    with FileLock(folder / ".lock"):
-        for left_by_a_kill in folder.glob(".shard-*"):
-            left_by_a_kill.unlink()
-        missing = [number for number, shard in enumerate(shards) if not _is_whole(folder, number, shard)]
-        if missing:
-            num_tokens = sum(len(sequence) for number in missing for sequence in shards[number])
-            _check_disk(folder, num_tokens * bytes_per_token(target), num_tokens)
-            with progress_bar(name, num_tokens, "token") as bar:
-                for number in missing:
+    os.utime(folder)  # when it was used last (feature_sets.py)
+    missing = [number for number in range(len(shards)) if not _is_whole(folder, number)]
+    if missing:
+        num_tokens = sum(len(sequence) for number in missing for sequence in shards[number])
+        _check_disk(folder, num_tokens * bytes_per_token(target), num_tokens)
+        with progress_bar(name, num_tokens, "token") as bar:
+            for number in _in_turn(folder, missing):
+                if not _is_whole(folder, number):
+                    for left_by_a_kill in folder.glob(f".{_shard_name(number)}.*"):
+                        left_by_a_kill.unlink()
                     _write_shard(folder, number, _extract_shard(target, shards[number], batch_tokens, bar))
-        else:
-            log.info("%s: reusing %s", name, folder)
+    else:
+        log.info("%s: reusing %s", name, folder)
     sequences, ids = [], []
     for number, shard in enumerate(shards):
         first = 0
@@ -119,7 +120,24 @@ def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def _is_whole(folder: Path, number: int, shard: Sequence[Tokens]) -> bool:
+def _in_turn(folder: Path, numbers: Sequence[int]) -> Iterator[int]:
+    """Each shard while this process holds its lock: first those that are free, then those that others were making.
+
+    So processes started together share the work, and none goes on before all of it is done.
+    """
+    left: list[int] = []
+    for number in numbers:
+        try:
+            with FileLock(folder / f".lock-{number:05d}", timeout=0):
+                yield number
+        except Timeout:
+            left.append(number)
+    for number in left:
+        with FileLock(folder / f".lock-{number:05d}"):
+            yield number
+
+
+def _is_whole(folder: Path, number: int) -> bool:
     """Whether a shard is there and matches its checksum; a damaged one is named and made again."""
     path = folder / _shard_name(number)
     note = path.with_suffix(".json")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device | str = "cpu") 
     return known[dtype]
 
 
+def _plain(device_map: str | Mapping[str, Any]) -> str | dict[str, Any]:
+    return device_map if isinstance(device_map, str) else dict(device_map)
+
+
 class TargetModel:
     """A Hugging Face causal LM, frozen, in evaluation mode. Never a submodule of a LightningModule.
 
@@ -72,6 +77,8 @@ class TargetModel:
         device: str = "cpu",
         trust_remote_code: bool = False,
         num_layers: int | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        sizes: Mapping[str, Any] | None = None,
     ) -> TargetModel:
         """Read a target from a folder or a hub id.
 
@@ -80,6 +87,9 @@ class TargetModel:
             dtype: `auto` (bf16 where it is fast), `float32`, `bfloat16`, `float16`.
             attn_implementation: of transformers. `eager` misreads boolean tree masks: refused.
             num_layers: keep the first layers alone (a small model for `DraftModel` where no trained one exists).
+            device_map: spread the layers over devices through accelerate (`auto`: all GPUs, then the CPU, then a disk),
+                for a target that fits none of them; for extraction, slow to decode with. `device` is then not used.
+            sizes: what its config.json must say; `plan=true` computes with it before the model is there.
 
         Raises:
             ValueError: the model cannot be found or read; the message names the cure.
@@ -102,6 +112,7 @@ class TargetModel:
                 use_safetensors=True,
                 **code,
                 **fewer,
+                **({} if device_map is None else {"device_map": _plain(device_map)}),
             )
         except SafetensorError as error:
             raise ValueError(f"the weights in {folder} are damaged ({error}): remove it, or copy it again.") from error
@@ -111,7 +122,17 @@ class TargetModel:
                 f"the tokenizer in {folder} knows {tokenizer.vocab_size} tokens and the model {vocab_size}: it is "
                 "another model's. Set target.path to a folder whose tokenizer belongs to its weights."
             )
-        return cls(model.to(device), tokenizer, name, folder)
+        wrong = {k: v for k, v in (sizes or {}).items() if num_layers is None and getattr(model.config, k, v) != v}
+        if wrong:
+            raise ValueError(f"target.sizes says {wrong}, the config.json in {folder} another: correct target.sizes.")
+        if device_map is None:
+            model = model.to(device)
+        elif any(end.weight.is_meta for end in (model.get_input_embeddings(), model.get_output_embeddings())):
+            raise ValueError(
+                "target.device_map leaves the embedding or the LM head on the disk, but the draft head needs them in "
+                "memory: name a device for embed_tokens and lm_head in target.device_map."
+            )
+        return cls(model, tokenizer, name, folder)
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +195,8 @@ class TargetModel:
 
         Padding needs no mask: under causal attention no real token sees what stands to its right.
         """
-        return self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False).last_hidden_state
+        first = self.head.embed_tokens.device  # another one than the LM head's under a device_map
+        return self.model.base_model(input_ids=input_ids.to(first), use_cache=False).last_hidden_state.to(self.device)
 
     @torch.inference_mode()
     def forward(
