@@ -1,4 +1,4 @@
-"""Formulas of `plan=true` against what really is there: parameters, bytes on disk, memory; and the plans of the recipes."""
+"""Formulas of `plan=true` against what really is there: parameters, bytes on disk, memory; the plans of the recipes."""
 
 import json
 import subprocess
@@ -48,9 +48,7 @@ def test_the_four_targets_have_the_published_sizes_and_are_estimated(name, targe
 
 def test_zero_splits_the_state_of_the_head():
     sizes = Sizes(8192, 28672, 80, 64, 8, 128256)
-    memory = {
-        stage: training_memory(sizes, Workload(1, 1, processes=8, stage=stage)) for stage in (None, 0, 1, 2, 3)
-    }
+    memory = {stage: training_memory(sizes, Workload(1, 1, processes=8, stage=stage)) for stage in (None, 0, 1, 2, 3)}
     assert memory[None] == memory[0]
     assert memory[0] > memory[1] > memory[2] > memory[3]
     assert memory[0] - memory[3] == pytest.approx(16 * sizes.draft_parameters * 7 / 8)

@@ -83,7 +83,7 @@ def is_first_process() -> bool:
 def write_result(**values: Any) -> None:
     """Hand a result to the sweep launcher that started this process, if one did.
 
-    The first rank alone does, but for an error: the first one counts, since what the other ranks die of follows from it.
+    The first rank alone does, but for an error: the first one counts, since what the others die of follows from it.
     """
     path = os.environ.get(RESULT_FILE_VARIABLE)
     if not path or (Path(path).exists() if "error" in values else not is_first_process()):

@@ -112,16 +112,16 @@ def feature_bytes(sizes: Sizes, num_tokens: int, value_bytes: int = 2) -> int:
 
 
 def extraction_memory(sizes: Sizes, value_bytes: int = 2, batch_tokens: int = 4096) -> float:
-    """Bytes of the target and of one forward over `batch_tokens` (the widest moment: gate, up and product of one MLP)."""
+    """Bytes of the target and of one forward over `batch_tokens` (widest: gate, up and product of one MLP)."""
     widest = 3 * sizes.intermediate_size + 4 * sizes.hidden_size
     return value_bytes * (sizes.target_parameters + batch_tokens * widest)
 
 
 def training_memory(sizes: Sizes, work: Workload, chunk_rows: int = 1024) -> float:
-    """Bytes of one training process: the head's state, the borrowed ends, the activations of J steps, one loss chunk.
+    """Bytes of one training process: the head's state, the borrowed ends, activations of J steps, one loss chunk.
 
-    Without DeepSpeed a parameter takes 16 bytes (value, gradient and two moments in float32). Under ZeRO the moments and
-    a float32 master are split from stage 1 on, the gradients from 2, the parameters from 3.
+    Without DeepSpeed a parameter takes 16 bytes (value, gradient and two moments in float32). Under ZeRO the moments
+    and a float32 master are split from stage 1 on, the gradients from 2, the parameters from 3.
     """
     value, shard = work.trained_bytes, max(1, work.processes)
     if work.stage is None:
@@ -145,7 +145,7 @@ def extraction_flops(sizes: Sizes, work: Workload) -> float:
 
 
 def training_flops(sizes: Sizes, work: Workload) -> float:
-    """Operations of all epochs: forward and backward of the head at J depths; its logits and the target's at the rows."""
+    """Operations of all epochs: forward and backward of the head at J depths; its and the target's logits."""
     head = 6.0 * sizes.draft_parameters * work.depth * work.num_tokens
     logits = 2.0 * (work.draft_vocab or sizes.vocab_size) * sizes.hidden_size * (1 + 2 * work.depth) * work.num_rows
     return work.epochs * (head + logits)
@@ -158,6 +158,7 @@ def plan(sizes: Sizes, work: Workload, flops: float) -> dict[str, float]:
         "draft_parameters": sizes.draft_parameters,
         "num_tokens": work.num_tokens,
         "num_rows": work.num_rows,
+        "target_gb": work.target_bytes * sizes.target_parameters / GB,  # in each process, unless target.head_only
         "disk_gb": feature_bytes(sizes, work.num_tokens, work.target_bytes) / GB,
         "extraction_memory_gb": extraction_memory(sizes, work.target_bytes) / GB,
         "extraction_hours": extraction_flops(sizes, work) / flops / work.processes / 3600,

@@ -5,8 +5,8 @@
     hass-prepare data=self_distilled            # the target writes a corpus
     hass-prepare data=jsonl data.source.path=FILE target=smollm2_135m_hub target.path=FOLDER
 
-`hass-train` with the same words finds all of it done. Started several times at once (on several devices, or machines that
-share paths.cache_dir), the processes share the shards: `torchrun --nproc-per-node 4 -m hass_lightning.prepare …
+`hass-train` with the same words finds all of it done. Started several times at once (on several devices, or on machines
+that share paths.cache_dir), the processes share the shards: `torchrun --nproc-per-node 4 -m hass_lightning.prepare …
 'target.device="cuda:${oc.env:LOCAL_RANK}"'`.
 """
 

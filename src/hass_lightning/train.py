@@ -216,7 +216,7 @@ def keep_curves(run_dir: Path) -> None:
 
 
 def offline_without_server() -> None:
-    """W&B is offline without a key, and where its server does not answer, unless `WANDB_MODE` says another; in one line."""
+    """W&B is offline without a key, and where its server does not answer; `WANDB_MODE` wins. Said in one line."""
     import netrc
 
     if os.environ.get("WANDB_MODE"):

@@ -171,7 +171,9 @@ def test_a_hub_that_never_replies_is_given_up_in_seconds_with_the_cure(monkeypat
     assert time.monotonic() - started < 3  # one try: not half a minute of retries
 
 
-@pytest.mark.parametrize(("variable", "asked"), [("HF_ENDPOINT", "HEAD /"), ("HTTPS_PROXY", "CONNECT huggingface.co:443")])
+@pytest.mark.parametrize(
+    ("variable", "asked"), [("HF_ENDPOINT", "HEAD /"), ("HTTPS_PROXY", "CONNECT huggingface.co:443")]
+)
 def test_mirror_and_proxy_are_what_is_asked(monkeypatch, no_proxy, variable, asked):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv(variable, f"http://127.0.0.1:{server.getsockname()[1]}")

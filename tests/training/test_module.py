@@ -63,7 +63,7 @@ def test_two_processes_have_the_gradient_of_one_with_both_batches(tiny, batches)
 
 
 def test_accumulated_batches_have_the_gradient_of_one_large_batch(tiny, data_folder, tmp_path):
-    """The mean is over all rows of the step, not a mean of the batches' means; SGD shows the scale, Adam would hide it."""
+    """The mean is over all rows of the step, not a mean of means; SGD shows the scale, Adam would hide it."""
     data = make_data(tiny, data_folder, batch_size=2)
     module = make_module(tiny, schedule=Schedule(warmup_fraction=0, decay="constant"))
     module.make_optimizer = partial(torch.optim.SGD, lr=1.0)

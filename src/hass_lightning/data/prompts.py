@@ -131,9 +131,7 @@ def with_system_prompt(conversations: list[Conversation], text: str | None) -> l
     if text is None:
         return conversations
     first = Message("system", text)
-    return [
-        c if c.messages[0].role == "system" else replace(c, messages=(first, *c.messages)) for c in conversations
-    ]
+    return [c if c.messages[0].role == "system" else replace(c, messages=(first, *c.messages)) for c in conversations]
 
 
 @dataclass(frozen=True)

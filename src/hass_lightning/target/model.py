@@ -45,6 +45,27 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device | str = "cpu") 
     return known[dtype]
 
 
+def _ends_alone(folder: Path, dtype: torch.dtype, device: str, code: dict[str, Any]) -> Any:
+    """The model of `folder` without memory, but for its embedding and LM head."""
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder, **code)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    ends = {"model.embed_tokens.weight": model.get_input_embeddings(), "lm_head.weight": model.get_output_embeddings()}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in set(tensors.keys()) & set(ends):
+                weight = tensors.get_tensor(name).to(device=device, dtype=dtype)
+                ends[name].weight = torch.nn.Parameter(weight, requires_grad=False)
+    if config.tie_word_embeddings:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
 def _plain(device_map: str | Mapping[str, Any]) -> str | dict[str, Any]:
     return device_map if isinstance(device_map, str) else dict(device_map)
 
@@ -79,6 +100,7 @@ class TargetModel:
         num_layers: int | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         sizes: Mapping[str, Any] | None = None,
+        head_only: bool = False,
     ) -> TargetModel:
         """Read a target from a folder or a hub id.
 
@@ -89,6 +111,7 @@ class TargetModel:
             num_layers: keep the first layers alone (a small model for `DraftModel` where no trained one exists).
             device_map: spread the layers over devices through accelerate (`auto`: all GPUs, then the CPU, then a disk),
                 for a target that fits none of them; for extraction, slow to decode with. `device` is then not used.
+            head_only: read embedding and LM head alone: all that training on features already extracted needs.
             sizes: what its config.json must say; `plan=true` computes with it before the model is there.
 
         Raises:
@@ -105,14 +128,19 @@ class TargetModel:
         fewer = {} if num_layers is None else {"num_hidden_layers": num_layers}
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **code)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=resolve_dtype(dtype, device),
-                attn_implementation=attn_implementation,
-                use_safetensors=True,
-                **code,
-                **fewer,
-                **({} if device_map is None else {"device_map": _plain(device_map)}),
+            resolved = resolve_dtype(dtype, device)
+            model: Any = (
+                _ends_alone(folder, resolved, device, code)
+                if head_only
+                else AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=resolved,
+                    attn_implementation=attn_implementation,
+                    use_safetensors=True,
+                    **code,
+                    **fewer,
+                    **({} if device_map is None else {"device_map": _plain(device_map)}),
+                )
             )
         except SafetensorError as error:
             raise ValueError(f"the weights in {folder} are damaged ({error}): remove it, or copy it again.") from error
@@ -125,7 +153,9 @@ class TargetModel:
         wrong = {k: v for k, v in (sizes or {}).items() if num_layers is None and getattr(model.config, k, v) != v}
         if wrong:
             raise ValueError(f"target.sizes says {wrong}, the config.json in {folder} another: correct target.sizes.")
-        if device_map is None:
+        if head_only:
+            pass  # its ends are where they belong, and nothing else is there
+        elif device_map is None:
             model = model.to(device)
         elif any(end.weight.is_meta for end in (model.get_input_embeddings(), model.get_output_embeddings())):
             raise ValueError(
@@ -195,6 +225,7 @@ class TargetModel:
 
         Padding needs no mask: under causal attention no real token sees what stands to its right.
         """
+        self._need_layers()
         first = self.head.embed_tokens.device  # another one than the LM head's under a device_map
         return self.model.base_model(input_ids=input_ids.to(first), use_cache=False).last_hidden_state.to(self.device)
 
@@ -208,12 +239,25 @@ class TargetModel:
             input_ids: [B, N]. positions: [B, N] (default: cache.length …). mask: bool [B, 1, N, keys], True = attend
                 (default: causal).
         """
+        self._need_layers()
         if positions is None:
             positions = torch.arange(cache.length, cache.length + input_ids.shape[1], device=self.device)[None]
         output = self.model.base_model(
             input_ids=input_ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         )
         return output.last_hidden_state
+
+    def _need_layers(self) -> None:
+        if self.head_only:
+            raise ValueError(
+                "target.head_only=true reads no layers, but this run needs them: extract the features first "
+                "(hass-prepare with the same words and target.head_only=false), and train with callbacks.decoding=null."
+            )
+
+    @cached_property
+    def head_only(self) -> bool:
+        """Whether the layers between embedding and LM head were left out."""
+        return any(p.is_meta for p in self.model.base_model.layers[0].parameters())
 
     def in_dtype(self, dtype: torch.dtype) -> TargetModel:
         """A second copy of this target in another dtype."""

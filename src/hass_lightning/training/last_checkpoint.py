@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def find_last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in `folder`, if any; a damaged one is named and left alone (the next save replaces it)."""
+    """The newest whole checkpoint in `folder`, if any; a damaged one is named and left for the next save to replace."""
     for path in (Path(folder) / name for name in ("last.ckpt", "last.ckpt.old")):
         if path.exists():
             if _is_whole(path):
@@ -138,8 +138,8 @@ class LastCheckpoint(Checkpoint):
                 raise
             _remove(new)
             raise ValueError(
-                f"the checkpoint {new} could not be written ({error}): free disk space, or move paths.root. The one before "
-                "it is kept: the same command goes on from there."
+                f"the checkpoint {new} could not be written ({error}): free disk space, or move paths.root. The one "
+                "before it is kept: the same command goes on from there."
             ) from error
         if trainer.is_global_zero:
             if last.is_dir():  # a folder cannot be replaced in one step

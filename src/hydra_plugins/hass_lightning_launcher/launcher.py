@@ -185,7 +185,9 @@ def _config_hash(config: DictConfig | None) -> str:
     Where files lie and who logs is left out, as in `provenance.config_hash` (of the resolved config, so not the same).
     """
     assert config is not None
-    content = OmegaConf.masked_copy(config, [key for key in config if key not in ("paths", "logger", "study", "fresh", "plan", "estimate")])
+    content = OmegaConf.masked_copy(
+        config, [key for key in config if key not in ("paths", "logger", "study", "fresh", "plan", "estimate")]
+    )
     return hashlib.sha256(OmegaConf.to_yaml(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
