@@ -50,9 +50,9 @@ def _folder(target: DictConfig) -> Path:
 
 def target_sizes(target: DictConfig) -> Sizes:
     """From `target.sizes`, else from the config.json of its folder."""
-    return (
-        Sizes.read(OmegaConf.to_container(target.sizes)) if target.get("sizes") else Sizes.read_folder(_folder(target))
-    )  # type: ignore[arg-type]
+    if target.get("sizes"):
+        return Sizes.read({str(key): value for key, value in target.sizes.items()})
+    return Sizes.read_folder(_folder(target))
 
 
 def count_tokens(config: DictConfig) -> tuple[int, int]:
