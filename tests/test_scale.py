@@ -96,15 +96,8 @@ def test_two_sweeps_killed_in_the_middle_run_each_cell_once(start_command, tmp_p
     common = ("-m", *SHORT, "trainer.max_steps=6", "trainer.val_check_interval=6")
     cells = ("model.alignment.depth=1,2", "seed=0,1")
     sweeps = {
-        "ddp": (
-            *common,
-            "trainer=ddp_cpu",
-            "study=ddp",
-            "model.alignment.depth=1,2",
-            "seed=0,1",
-            "model/loss=eagle,hass",
-        ),
-        "zero": (*common, "trainer=deepspeed_zero2", "study=zero", "model.alignment.depth=1,2", "seed=0,1"),
+        "ddp": (*common, "trainer=ddp_cpu", "study=ddp", *cells, "model/loss=eagle,hass"),
+        "zero": (*common, "trainer=deepspeed_zero2", "study=zero", *cells),
     }
     ledgers = {name: Ledger(tmp_path / "runs" / "sweeps" / name) for name in sweeps}
 
