@@ -57,8 +57,8 @@ def main(config: DictConfig) -> dict[str, Any]:
         torch.set_num_threads(config.num_threads)
     rank_zero = is_first_process()
     if rank_zero:
-        begun = find_last_checkpoint(run_dir / "checkpoints") or (run_dir / "trained").exists()
-        refuse_other_config(run_dir, config, begun=bool(begun))
+        begun = (run_dir / "trained").exists() or any((run_dir / "checkpoints").glob("last.ckpt*"))
+        refuse_other_config(run_dir, config, begun)
         write_provenance(run_dir, config)
 
     target = instantiate(config.target)
