@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -260,22 +261,34 @@ def test_a_nan_in_one_rank_ends_all_with_its_cause(start_command, tmp_path):
     assert "mine/step1" in json.loads(result.read_text())["error"]  # what the ledger will say
 
 
-@pytest.mark.slow
-def test_two_nodes_by_torchruns_variables_write_one_result(start_command, tmp_path):
-    """Two machines of one process each, as `torchrun` starts them: the global rank decides who writes."""
-    import socket
+def by_torchrun(rank):
+    """Two machines of one process each."""
+    same = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}
+    return same | {"RANK": rank, "GROUP_RANK": rank, "NODE_RANK": rank}
 
+
+def by_srun(rank):
+    """One machine of two tasks."""
+    same = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "x"}
+    return same | {"SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variables", "devices", "nodes"), [(by_torchrun, 1, 2), (by_srun, 2, 1)])
+def test_ranks_that_something_else_started_write_one_result(start_command, variables, devices, nodes):
+    """The global rank decides who writes, whoever numbers the ranks."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    words = (*SHORT, "trainer.max_steps=4", "trainer=ddp_cpu", "trainer.devices=1", "trainer.num_nodes=2")
-    common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "x"}
-    nodes = [
-        start_command("train", *words, env={**common, "RANK": rank, "GROUP_RANK": rank, "NODE_RANK": rank})
-        for rank in "01"
-    ]
-    outputs = [node.communicate(timeout=180) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    words = (
+        *SHORT,
+        "trainer.max_steps=4",
+        "trainer=ddp_cpu",
+        f"trainer.devices={devices}",
+        f"trainer.num_nodes={nodes}",
+    )
+    ranks = [start_command("train", *words, env=place | variables(rank)) for rank in "01"]
+    outputs = [rank.communicate(timeout=180) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert [sum(line.startswith("{") for line in out.splitlines()) for out, _ in outputs] == [1, 0]
 
 
