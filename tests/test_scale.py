@@ -279,13 +279,8 @@ def test_ranks_that_something_else_started_write_one_result(start_command, varia
     """The global rank decides who writes, whoever numbers the ranks."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
-    words = (
-        *SHORT,
-        "trainer.max_steps=4",
-        "trainer=ddp_cpu",
-        f"trainer.devices={devices}",
-        f"trainer.num_nodes={nodes}",
-    )
+    world = (f"trainer.devices={devices}", f"trainer.num_nodes={nodes}")
+    words = (*SHORT, "trainer.max_steps=4", "trainer=ddp_cpu", *world)
     ranks = [start_command("train", *words, env=place | variables(rank)) for rank in "01"]
     outputs = [rank.communicate(timeout=180) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
