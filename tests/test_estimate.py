@@ -104,6 +104,7 @@ start = peak()
 with torch.device("meta"):
     model = LlamaForCausalLM(config)
 model.to_empty(device="cpu")
+model.tie_weights()
 with torch.no_grad():
     for value in model.parameters():
         value.fill_(0.01)
