@@ -16,6 +16,7 @@ for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MA
     os.environ.pop(name, None)
 
 import logging
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -53,6 +54,13 @@ def tiny(cache_dir):
     from hass_lightning.target.tiny import tiny_llama
 
     return TargetModel.load(tiny_llama(seed=0), "tiny", dtype="float32", attn_implementation="sdpa")
+
+
+@pytest.fixture
+def silent_server():
+    """The address of a loopback server that takes connections and never replies."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 def command_environment(folder, cache, **more):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hass_lightning.ledger import RESULT_FILE_VARIABLE
+from hass_lightning.ledger import REQUEUE_EXIT_CODE, RESULT_FILE_VARIABLE
 from hass_lightning.redaction import RedactingFilter, redact
 from hass_lightning.target.source import safe_name
 
@@ -55,7 +58,7 @@ def run_name(overrides: str) -> str:
     parts = split_overrides(overrides)
     chosen = dict(part.lstrip("+").split("=", 1) for part in parts if "=" in part)
     stem = safe_name(Path(chosen.get("name") or chosen.get("experiment") or "quickstart").name)
-    rest = ",".join(sorted(part for part in parts if not part.startswith(("name=", "fresh="))))
+    rest = ",".join(sorted(part for part in parts if not part.startswith(("name=", "fresh=", "plan=", "estimate."))))
     if rest in ("", f"experiment={stem}"):
         return stem
     return f"{stem}-{hashlib.sha256(rest.encode()).hexdigest()[:8]}"
@@ -100,12 +103,20 @@ OmegaConf.register_new_resolver("hass.run_label", run_label, replace=True)
 OmegaConf.register_new_resolver("hass.by_machine", by_machine, replace=True)
 
 
+def is_first_process() -> bool:
+    """Whether this is the first process of a run, before any process group exists: by Lightning, torchrun or srun."""
+    return not any(int(os.environ.get(rank) or 0) for rank in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
 def write_result(**values: Any) -> None:
-    """Hand a result to the sweep launcher that started this process (the first rank alone), if one did."""
+    """Hand a result to the sweep launcher that started this process, if one did.
+
+    The first rank alone does, but for an error: the first one counts, since what the others die of follows from it.
+    """
     path = os.environ.get(RESULT_FILE_VARIABLE)
-    if not path or any(int(os.environ.get(rank) or 0) for rank in ("RANK", "LOCAL_RANK", "NODE_RANK")):
+    if not path or (Path(path).exists() if "error" in values else not is_first_process()):
         return
-    partial = Path(f"{path}.partial")
+    partial = Path(f"{path}.partial{os.getpid()}")
     partial.write_text(json.dumps(values, default=str))
     partial.replace(path)
 
@@ -125,6 +136,22 @@ def user_error(error: BaseException) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def preemptible() -> Iterator[None]:
+    """SIGTERM ends a command with the exit code that asks to be started again: every stage goes on where it stopped.
+
+    While training, LastCheckpoint takes the signal over and saves first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(REQUEUE_EXIT_CODE))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def command(config_name: str) -> Callable[[Callable[[DictConfig], dict[str, Any]]], Callable[[], None]]:
     """Turn `function(config) -> result` into a command: Hydra in front, one line of JSON behind.
 
@@ -140,7 +167,8 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], dict[str, Any]
             for handler in logging.getLogger().handlers:
                 handler.addFilter(RedactingFilter())
             try:
-                result = function(config)
+                with preemptible():
+                    result = function(config)
             except Exception as error:
                 sentence = user_error(error)
                 sentence = None if sentence is None else redact(sentence)

@@ -40,6 +40,10 @@ _LAUNCH_OPTIONS = re.compile(
 )
 
 
+# What only asks about a sweep (planning.py) names no other sweep or cell.
+_QUESTIONS = re.compile(r"\+*(plan|estimate\.\w+)=")
+
+
 def short_hash(parts: Iterable[str]) -> str:
     """Twelve letters a-p that name these strings: in paths, shells and Hydra overrides they need no quoting."""
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
@@ -48,7 +52,7 @@ def short_hash(parts: Iterable[str]) -> str:
 
 def cell_name(config_name: str | None, overrides: Sequence[str]) -> str:
     """The name of a cell, from its task overrides; their order does not matter."""
-    return short_hash([str(config_name), *sorted(overrides)])
+    return short_hash([str(config_name), *sorted(o for o in overrides if not _QUESTIONS.match(o))])
 
 
 def sweep_name(study: str | None, config_name: str | None, task: Sequence[str], hydra: Sequence[str] = ()) -> str:
@@ -58,7 +62,7 @@ def sweep_name(study: str | None, config_name: str | None, task: Sequence[str], 
     choices = [
         override for override in hydra if not _LAUNCH_OPTIONS.match(override) and "hydra/launcher" not in override
     ]
-    return short_hash([str(config_name), *sorted(task), *sorted(choices)])
+    return short_hash([str(config_name), *sorted(o for o in task if not _QUESTIONS.match(o)), *sorted(choices)])
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Entry:
     config_hash: str
     folder: str
     git: str | None = None
+    data: str | None = None  # hash of the sequences trained on (`FeatureDataModule.data_hash`)
     metric: Any = None
     seconds: float | None = None
     error: str | None = None

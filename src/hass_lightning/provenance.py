@@ -51,6 +51,61 @@ def add_provenance(run_dir: Path, **values: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}, indent=2) + "\n")
 
 
+# What may be another when a run goes on: it changes no weight.
+MAY_CHANGE = (
+    "paths", "logger", "study", "fresh", "plan", "ckpt_path", "num_threads", "callbacks.progress",
+    "callbacks.last_checkpoint", "trainer.enable_progress_bar", "trainer.enable_model_summary",
+    "trainer.log_every_n_steps", "trainer.max_time", "data.num_workers", "data.cache_dir",
+)  # fmt: skip
+
+
+def _leaves(config: DictConfig) -> dict[str, Any]:
+    """Every value by its dotted key; what only says where files lie keeps its interpolation."""
+    found: dict[str, Any] = {}
+
+    def walk(raw: Any, key: str) -> None:
+        if isinstance(raw, dict):
+            for name, value in raw.items():
+                walk(value, f"{key}.{name}" if key else str(name))
+            return
+        resolved = OmegaConf.select(config, key)
+        places = isinstance(raw, str) and "${paths." in raw
+        found[key] = raw if places or OmegaConf.is_dict(resolved) else plain_value(resolved)
+
+    walk(OmegaConf.to_container(config, resolve=False), "")
+    return {
+        key: value for key, value in found.items() if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
+    }
+
+
+def plain_value(value: Any) -> Any:
+    """A config value as JSON gives it back."""
+    content = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return json.loads(json.dumps(content, default=str))
+
+
+def refuse_other_config(run_dir: Path, config: DictConfig, begun: bool) -> None:
+    """Note the config of a run in its folder; refuse to go on (`begun`) with another one.
+
+    Raises:
+        ValueError: naming the keys that changed, with their old and new values.
+    """
+    file, now = run_dir / "config.json", _leaves(config)
+    if begun and file.exists():
+        before = json.loads(file.read_text())
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        if changed:
+            listed = ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in changed)
+            raise ValueError(
+                f"{run_dir} holds a run of another config and would go on with {listed}: change that back, train again "
+                f"with fresh=true, or take another folder with name=…. Only these may change: {', '.join(MAY_CHANGE)}."
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(".config.json")
+    aside.write_text(json.dumps(now, indent=2, default=str) + "\n")
+    aside.replace(file)
+
+
 def write_provenance(run_dir: Path, config: DictConfig) -> dict[str, Any]:
     """Write `provenance.json`: argv, git state, versions, seed, device, config hash. No secret is read."""
     status = _git("status", "--porcelain")

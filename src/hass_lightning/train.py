@@ -26,20 +26,20 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hass_lightning.cli import command
+from hass_lightning.cli import command, is_first_process
 from hass_lightning.data.datamodule import FeatureDataModule
 from hass_lightning.data.manifest import write_feature_manifest
 from hass_lightning.draft import load_draft
 from hass_lightning.draft.checkpoint import save_start
 from hass_lightning.draft.initialize import least_squares_start, start_from
-from hass_lightning.provenance import add_provenance, plain, write_provenance
+from hass_lightning.provenance import add_provenance, plain, refuse_other_config, write_provenance
 from hass_lightning.report import run_report
 from hass_lightning.target.model import working_dtype
 from hass_lightning.training.callbacks import DecodingBenchmark, decode_metrics
 from hass_lightning.training.compute import ComputeMeter, RunCost
 from hass_lightning.training.last_checkpoint import find_last_checkpoint
 from hass_lightning.training.module import HassModule
-from hass_lightning.training.strategy import check_trainer_config
+from hass_lightning.training.strategy import check_trainer_config, lost_process
 from hass_lightning.training.wandb_logging import close_wandb, log_results, wandb_settings
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,10 @@ def main(config: DictConfig) -> dict[str, Any]:
     L.seed_everything(config.seed, workers=True, verbose=False)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    rank_zero = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    rank_zero = is_first_process()
     if rank_zero:
+        begun = (run_dir / "trained").exists() or any((run_dir / "checkpoints").glob("last.ckpt*"))
+        refuse_other_config(run_dir, config, begun)
         write_provenance(run_dir, config)
 
     target = instantiate(config.target)
@@ -80,7 +82,7 @@ def main(config: DictConfig) -> dict[str, Any]:
         for logger in loggers:
             logger.finalize(status)
         close_wandb()
-    metrics["run_dir"] = str(run_dir)
+    metrics |= {"run_dir": str(run_dir), "data_hash": data.data_hash()}
     metrics["_metric"] = metrics.get(str(config.optimized_metric).split("/")[-1])
     finished.write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
@@ -88,7 +90,7 @@ def main(config: DictConfig) -> dict[str, Any]:
 
 def forget(run_dir: Path) -> None:
     """Remove what an earlier run left in this folder (fresh=true), in the first process."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if is_first_process():
         for name in ("checkpoints", "draft", "csv", "tensorboard"):
             shutil.rmtree(run_dir / name, ignore_errors=True)
         for name in ("records.jsonl", "metrics.json", "trained", "train_seconds.json", "wandb_id", "report.html"):
@@ -137,6 +139,13 @@ def fit(
         trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
         if trainer.global_step * trainer.accumulate_grad_batches % int(trainer.val_check_interval):
             trainer.validate(module, datamodule=data, verbose=False)  # the last steps count, too
+    except RuntimeError as error:
+        if lost_process(error):
+            raise ConnectionError(
+                "another process of this run has died (its own lines, or the system's log, say of what; kill -9 and a "
+                "lack of memory leave none): this one stops, too. The same command goes on from the last checkpoint."
+            ) from error
+        raise
     finally:
         meter = next(each for each in trainer.callbacks if isinstance(each, ComputeMeter))  # type: ignore[attr-defined]
         seconds = spent["train_seconds"] + time.perf_counter() - started
@@ -230,7 +239,7 @@ def make_loggers(config: DictConfig, run_dir: Path) -> list[Logger]:
 def keep_curves(run_dir: Path) -> None:
     """Move the curves of an interrupted attempt aside: Lightning's CSVLogger would delete them."""
     curves = run_dir / "csv" / "metrics.csv"
-    if curves.exists() and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if curves.exists() and is_first_process():
         number = len(list(curves.parent.glob("metrics.*.csv")))
         curves.rename(curves.with_name(f"metrics.{number}.csv"))
 

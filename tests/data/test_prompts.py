@@ -135,3 +135,11 @@ def test_a_local_data_set_folder_is_read(tmp_path):
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps(GOOD | {"id": n}) + "\n" for n in range(3)))
     assert [c.id for c in HubDataset(str(folder), limit=2).load(None)] == ["0", "1"]
+
+
+def test_a_system_prompt_leads_conversations_that_have_none(tmp_path):
+    own = openai(("system", "mine"), ("user", "a"), ("assistant", "b"))
+    (tmp_path / "x.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(own))
+    first, second = JsonLines(str(tmp_path / "x.jsonl"), system_prompt="Be kind.").load(None)
+    assert [(m.role, m.content) for m in first.messages] == [("system", "Be kind."), ("user", "a"), ("assistant", "b")]
+    assert second.messages[0].content == "mine"

@@ -195,3 +195,29 @@ def test_tied_ends_stay_one_tensor_in_another_dtype():
     assert (tied.vocab_size, tied.hidden_size) == (10, 4)
     apart = TargetHead(weight.clone(), weight).to(dtype=torch.bfloat16)
     assert apart.embed_tokens.data_ptr() != apart.lm_head.data_ptr()
+
+
+def test_layers_spread_over_devices_give_the_same_features(tiny, tmp_path):
+    """A layer on the disk stands for a second device: accelerate moves it in and out."""
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    spread = TargetModel.load(tiny.folder, "tiny", dtype="float32", device_map=places)
+    assert any(p.is_meta for p in spread.model.parameters())
+    input_ids = torch.arange(3, 40)[None]
+    assert torch.equal(spread.encode(input_ids), tiny.encode(input_ids))
+    with pytest.raises(ValueError, match=r"device_map leaves the embedding or the LM head on the disk"):
+        TargetModel.load(tiny.folder, "tiny", dtype="float32", device_map=places | {"lm_head": "disk"})
+
+
+def test_the_ends_alone_are_the_same_target_without_layers(tiny):
+    ends = TargetModel.load(tiny.folder, "tiny", dtype="float32", head_only=True)
+    assert torch.equal(ends.head.lm_head, tiny.head.lm_head)
+    assert torch.equal(ends.head.embed_tokens, tiny.head.embed_tokens)
+    assert (ends.fingerprint, ends.dtype, ends.eos_token_ids) == (tiny.fingerprint, tiny.dtype, tiny.eos_token_ids)
+    with pytest.raises(ValueError, match=r"target\.head_only=true reads no layers.*hass-prepare"):
+        ends.encode(torch.ones(1, 4, dtype=torch.int64))
+
+
+def test_sizes_are_checked_against_the_config(tiny):
+    with pytest.raises(ValueError, match=r"target\.sizes says \{'hidden_size': 65\}"):
+        TargetModel.load(tiny.folder, "tiny", dtype="float32", sizes={"hidden_size": 65, "vocab_size": 259})

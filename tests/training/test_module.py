@@ -1,5 +1,6 @@
 """HassModule: the mean over all rows, what is logged, what stops it, and that it learns."""
 
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -24,21 +25,14 @@ def batches(data):
     return collate(rows[:2]), collate(rows[2:]), collate(rows)
 
 
-class Reduce:
-    """The strategy of one of two processes: sums over both are given."""
-
-    def __init__(self, total):
-        self.total = total
-
-    def reduce(self, value, reduce_op):
-        assert reduce_op == "sum"
-        return torch.as_tensor(float(self.total))
-
-
 def step(module, batch, world_size=1, global_rows=None):
     """One training step with a stand-in for the trainer; the gradient and what was logged."""
     logged = {}
-    module._trainer = SimpleNamespace(world_size=world_size, strategy=Reduce(global_rows), global_step=7)
+    rows = int(batch[0].loss_mask[:, :-1].sum()) if global_rows is None else global_rows
+    module._trainer = SimpleNamespace(
+        world_size=world_size, accumulate_grad_batches=1, global_step=7,
+        datamodule=SimpleNamespace(rows_of_step=lambda step: rows),
+    )  # fmt: skip
     module.log = lambda name, value, **_: logged.update({name: value})
     module.log_dict = lambda values, **_: logged.update(values)
     module.zero_grad()
@@ -79,6 +73,24 @@ def test_a_compiled_head_has_the_same_gradient_and_the_same_files(tiny, batches)
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert compiled.draft.layer.mlp._compiled_call_impl is not None
     assert list(compiled.draft.state_dict()) == list(module.draft.state_dict())
+
+
+def test_accumulated_batches_have_the_gradient_of_one_large_batch(tiny, data_folder, tmp_path):
+    """The mean is over all rows of the step, not a mean of means; SGD shows the scale, Adam would hide it."""
+    data = make_data(tiny, data_folder, batch_size=2)
+    module = make_module(tiny, schedule=Schedule(warmup_fraction=0, decay="constant"))
+    module.make_optimizer = partial(torch.optim.SGD, lr=1.0)
+    before = {name: value.clone() for name, value in module.draft.named_parameters()}
+    options = {"accumulate_grad_batches": 3, "gradient_clip_val": None}
+    trainer = make_small_trainer(data, tmp_path, max_steps=1, max_epochs=None, **options)
+    trainer.fit(module, datamodule=data)
+    dataset, batches = FeatureDataset(data.stores()[0]), [data._order.batch(number)[1] for number in range(3)]
+    assert len({sum(int(dataset[index]["loss_mask"].sum()) for index in batch) for batch in batches}) > 1
+    fresh = make_module(tiny)
+    fresh.aligned_loss(*collate([dataset[index] for batch in batches for index in batch])).total.backward()
+    for name, value in fresh.draft.named_parameters():
+        step = before[name] - dict(module.draft.named_parameters())[name]
+        torch.testing.assert_close(step, value.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_the_logged_loss_is_the_weighted_mean_over_rows_summed_over_steps(tiny, batches):

@@ -1,5 +1,6 @@
 """A resumed run equals the uninterrupted one to the last bit, wherever it was stopped."""
 
+import errno
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import pytest
 import torch
 from training_toys import make_data, make_module, make_small_trainer
 
+from hass_lightning.ledger import REQUEUE_EXIT_CODE
 from hass_lightning.losses import SoftCrossEntropy, TopK
 from hass_lightning.training.callbacks import SaveBestDraft
 from hass_lightning.training.last_checkpoint import LastCheckpoint, find_last_checkpoint
@@ -168,6 +170,15 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_very_step(tiny, features, tmp_path, a
     signal.signal(signal.SIGINT, before)  # Lightning ignores it from here on
 
 
+def test_sigterm_saves_this_step_and_asks_to_be_started_again(tiny, features, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        stopped(tiny, features, tmp_path, Stops(lambda: os.kill(os.getpid(), signal.SIGTERM), 7), every=100)
+    assert ended.value.code == REQUEUE_EXIT_CODE
+    assert saved_step(tmp_path) == 8
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_sigint_is_given_back_after_a_run(tiny, features, tmp_path):
     before = signal.getsignal(signal.SIGINT)
     stopped(tiny, features, tmp_path)
@@ -189,3 +200,43 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(tiny, features, tmp_path,
     with pytest.raises(KilledError):
         stopped(tiny, features, tmp_path)
     assert saved_step(tmp_path) == 5
+
+
+def flip_a_byte(content):
+    content[len(content) // 2] ^= 1
+    return content
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, lambda content: content[:-1000], lambda content: b""], ids=str)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(whole, tmp_path, caplog, damage):
+    _, _, folder, _ = whole
+    for step, name in (("4", "last.ckpt.old"), ("5", "last.ckpt")):
+        shutil.copy(folder / "checkpoints" / f"step{step}.ckpt", tmp_path / name)
+    last = tmp_path / "last.ckpt"
+    assert find_last_checkpoint(tmp_path) == str(last)
+    last.write_bytes(damage(bytearray(last.read_bytes())))
+    assert find_last_checkpoint(tmp_path) == str(tmp_path / "last.ckpt.old")
+    assert f"{last} is damaged" in caplog.text
+    (tmp_path / "last.ckpt.old").unlink()
+    assert find_last_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")]
+)
+def test_a_full_disk_while_saving_is_one_sentence_and_keeps_the_old_checkpoint(
+    tiny, features, tmp_path, monkeypatch, error
+):
+    original = L.Trainer.save_checkpoint
+
+    def full(self, path, *rest, **options):
+        original(self, path, *rest, **options)
+        if self.global_step == 6:
+            path.write_bytes(path.read_bytes()[:1000])
+            raise error
+
+    monkeypatch.setattr(L.Trainer, "save_checkpoint", full)
+    with pytest.raises(ValueError, match=r"last\.ckpt\.new could not be written.*free disk space.*goes on from there"):
+        stopped(tiny, features, tmp_path)
+    assert saved_step(tmp_path) == 5
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]

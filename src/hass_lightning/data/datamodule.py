@@ -76,6 +76,7 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
     ):  # fmt: skip
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
         self.num_batches, self.first, self.rank, self.world_size = num_batches, first, rank, world_size
+        self._last: tuple[int, list[list[int]]] = (-1, [])  # the epoch that was asked for last
         if len(lengths) < self.global_batch:
             raise ValueError(
                 f"{len(lengths)} training conversations do not fill one batch of {self.global_batch}: lower "
@@ -106,13 +107,16 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
             batches += [bucket[first : first + size] for first in range(0, len(bucket), size)]
         return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]
 
+    def batch(self, number: int) -> tuple[int, list[int]]:
+        """(epoch, sequences) of a global batch."""
+        epoch = number // self.batches_per_epoch
+        if self._last[0] != epoch:
+            self._last = epoch, self.epoch(epoch)
+        return epoch, self._last[1][number % self.batches_per_epoch]
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, batches = -1, []
         for number in range(self.first, self.num_batches):
-            if number // self.batches_per_epoch != epoch:
-                epoch = number // self.batches_per_epoch
-                batches = self.epoch(epoch)
-            batch = batches[number % self.batches_per_epoch]
+            epoch, batch = self.batch(number)
             yield [(epoch, index) for index in batch[self.rank :: self.world_size]]
 
 
@@ -222,6 +226,7 @@ class FeatureDataModule(L.LightningDataModule):
         self.num_workers, self.prefetch = num_workers, prefetch
         self.last_turn_only = last_turn_only
         self.num_batches: int | None = None  # of the whole run; set by the command
+        self._order: BatchOrder | None = None  # a second one: loaders read ahead
         self._tokens: tuple[list[Tokens], list[Tokens]] | None = None
         self._every: list[Tokens] = []  # the training sequences of fraction 1
         self._kept: list[int] = []  # those of this fraction among them
@@ -259,6 +264,14 @@ class FeatureDataModule(L.LightningDataModule):
             return OnlineFeatures(self.target, tokens)
         return extract_features(self.target, tokens, self.cache_dir, name=name, eight_bit=self.eight_bit_cache)
 
+    def data_hash(self) -> str:
+        """Names the training and validation sequences: their ids and masks."""
+        digest = hashlib.sha256()
+        for sequence in [*self.tokens()[0], *self.tokens()[1]]:
+            digest.update(sequence.input_ids.numpy().tobytes())
+            digest.update(sequence.loss_mask.numpy().tobytes())
+        return digest.hexdigest()[:12]
+
     def most_frequent_tokens(self, size: int) -> tuple[Tensor, float]:
         """The `size` most frequent training answer tokens (ties by id), sorted, and the share of answers they cover."""
         counts: Counter[int] = Counter()
@@ -291,10 +304,21 @@ class FeatureDataModule(L.LightningDataModule):
         first = trainer.global_step * trainer.accumulate_grad_batches
         lengths = [store.length(index) for index in range(len(store))]
         num_batches = self.num_batches or self.batches_per_epoch
-        order = BatchOrder(
-            lengths, self.batch_size, self.seed, num_batches, first, trainer.global_rank, trainer.world_size
-        )
+        where = (trainer.global_rank, trainer.world_size)
+        order = BatchOrder(lengths, self.batch_size, self.seed, num_batches, first, *where)
+        self._order = BatchOrder(lengths, self.batch_size, self.seed, num_batches, first, *where)
         return self._loader(FeatureDataset(store, self.noise, self.seed), batch_sampler=order)
+
+    def rows_of_step(self, step: int) -> int:
+        """Marked rows of an optimizer step: of all processes, and of all batches that it accumulates.
+
+        The batches of a run are numbered (BatchOrder), so no process needs to ask another, or to look ahead.
+        """
+        assert self.trainer is not None and self._order is not None
+        accumulated = self.trainer.accumulate_grad_batches
+        batches = (self._order.batch(step * accumulated + number)[1] for number in range(accumulated))
+        train = self.tokens()[0]
+        return sum(int(train[index].loss_mask[:-1].sum()) for batch in batches for index in batch)
 
     def val_dataloader(self) -> DataLoader:
         """Validation sequences, each read by one process."""

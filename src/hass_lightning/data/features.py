@@ -11,13 +11,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -148,15 +148,16 @@ def extract_features(
     folder = Path(cache_dir or cache_root()) / "features" / feature_key(target, tokens, shard_size, eight_bit)
     folder.mkdir(parents=True, exist_ok=True)
     shards = [tokens[start : start + shard_size] for start in range(0, len(tokens), shard_size)]
-    with FileLock(folder / ".lock"):
-        for left_by_a_kill in folder.glob(".shard-*"):
-            left_by_a_kill.unlink()
-        missing = [number for number, shard in enumerate(shards) if not _is_whole(folder, number, shard)]
-        if missing:
-            num_tokens = sum(len(sequence) for number in missing for sequence in shards[number])
-            _check_disk(folder, num_tokens * bytes_per_token(target, eight_bit), num_tokens)
-            with progress_bar(name, num_tokens, "token") as bar:
-                for number in missing:
+    os.utime(folder)  # when it was used last (feature_sets.py)
+    missing = [number for number in range(len(shards)) if not _is_whole(folder, number)]
+    if missing:
+        num_tokens = sum(len(sequence) for number in missing for sequence in shards[number])
+        _check_disk(folder, num_tokens * bytes_per_token(target, eight_bit), num_tokens)
+        with progress_bar(name, num_tokens, "token") as bar:
+            for number in _in_turn(folder, missing):
+                if not _is_whole(folder, number):
+                    for left_by_a_kill in folder.glob(f".{_shard_name(number)}.*"):
+                        left_by_a_kill.unlink()
                     tensors, note = _extract_shard(target, shards[number], batch_tokens, bar.update), {}
                     if eight_bit:
                         features, marked = tensors["features"], tensors["target_ids"] >= 0
@@ -165,8 +166,8 @@ def extract_features(
                         note = fidelity(target.head, features[marked], restored[marked])
                         log.info("%s in 8 bits, shard %d: %s", name, number, note)
                     _write_shard(folder, number, tensors, note)
-        else:
-            log.info("%s: reusing %s", name, folder)
+    else:
+        log.info("%s: reusing %s", name, folder)
     sequences, ids = [], []
     for number, shard in enumerate(shards):
         first = 0
@@ -181,7 +182,24 @@ def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def _is_whole(folder: Path, number: int, shard: Sequence[Tokens]) -> bool:
+def _in_turn(folder: Path, numbers: Sequence[int]) -> Iterator[int]:
+    """Each shard while this process holds its lock: first those that are free, then those that others were making.
+
+    So processes started together share the work, and none goes on before all of it is done.
+    """
+    left: list[int] = []
+    for number in numbers:
+        try:
+            with FileLock(folder / f".lock-{number:05d}", timeout=0):
+                yield number
+        except Timeout:
+            left.append(number)
+    for number in left:
+        with FileLock(folder / f".lock-{number:05d}"):
+            yield number
+
+
+def _is_whole(folder: Path, number: int) -> bool:
     """Whether a shard is there and matches its checksum; a damaged one is named and made again."""
     path = folder / _shard_name(number)
     note = path.with_suffix(".json")

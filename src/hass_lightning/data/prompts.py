@@ -10,7 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -127,17 +127,26 @@ def parse_all(records: Iterable[Any], where: str, limit: int | None = None) -> l
     return kept
 
 
+def with_system_prompt(conversations: list[Conversation], text: str | None) -> list[Conversation]:
+    """The same conversations, led by a system message where they have none (None: as they are)."""
+    if text is None:
+        return conversations
+    first = Message("system", text)
+    return [c if c.messages[0].role == "system" else replace(c, messages=(first, *c.messages)) for c in conversations]
+
+
 @dataclass(frozen=True)
 class JsonLines:
     """Conversations of a JSON lines file (`path`; `package://` names a file shipped inside hass_lightning)."""
 
     path: str
     limit: int | None = None
+    system_prompt: str | None = None
 
     def load(self, target: TargetModel) -> list[Conversation]:
         """Read and check the file."""
         path = local_path(self.path)
-        return parse_all(read_json_lines(path), path.name, self.limit)
+        return with_system_prompt(parse_all(read_json_lines(path), path.name, self.limit), self.system_prompt)
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,7 @@ class HubDataset:
     split: str = "train"
     revision: str | None = None
     limit: int | None = None
+    system_prompt: str | None = None
 
     def load(self, target: TargetModel) -> list[Conversation]:
         """Read the data set through the `datasets` library.
@@ -168,4 +178,5 @@ class HubDataset:
                 f"the data set {self.path} is not a local folder and the Hugging Face hub cannot be reached: download "
                 "it elsewhere and set data.source.path to the folder, or use data=jsonl with a file."
             )
-        return parse_all(load_dataset(self.path, split=self.split, revision=self.revision), self.path, self.limit)
+        records = load_dataset(self.path, split=self.split, revision=self.revision)
+        return with_system_prompt(parse_all(records, self.path, self.limit), self.system_prompt)

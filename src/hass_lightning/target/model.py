@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,31 @@ def read_template(path: str) -> str:
     return text
 
 
+def _ends_alone(folder: Path, dtype: torch.dtype, device: str, code: dict[str, Any]) -> Any:
+    """The model of `folder` without memory, but for its embedding and LM head."""
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder, **code)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    ends = {"model.embed_tokens.weight": model.get_input_embeddings(), "lm_head.weight": model.get_output_embeddings()}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in set(tensors.keys()) & set(ends):
+                weight = tensors.get_tensor(name).to(device=device, dtype=dtype)
+                ends[name].weight = torch.nn.Parameter(weight, requires_grad=False)
+    if config.tie_word_embeddings:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _plain(device_map: str | Mapping[str, Any]) -> str | dict[str, Any]:
+    return device_map if isinstance(device_map, str) else dict(device_map)
+
+
 class TargetModel:
     """A Hugging Face causal LM, frozen, in evaluation mode. Never a submodule of a LightningModule.
 
@@ -99,6 +125,9 @@ class TargetModel:
         trust_remote_code: bool = False,
         num_layers: int | None = None,
         chat_template: str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        sizes: Mapping[str, Any] | None = None,
+        head_only: bool = False,
     ) -> TargetModel:
         """Read a target from a folder or a hub id.
 
@@ -108,6 +137,10 @@ class TargetModel:
             attn_implementation: of transformers. `eager` misreads boolean tree masks: refused.
             num_layers: keep the first layers alone (a small model for `DraftModel` where no trained one exists).
             chat_template: a Jinja file instead of the tokenizer's own template (`package://`: one that ships here).
+            device_map: spread the layers over devices through accelerate (`auto`: all GPUs, then the CPU, then a disk),
+                for a target that fits none of them; for extraction, slow to decode with. `device` is then not used.
+            head_only: read embedding and LM head alone: all that training on features already extracted needs.
+            sizes: what its config.json must say; `plan=true` computes with it before the model is there.
 
         Raises:
             ValueError: the model cannot be found or read; the message names the cure.
@@ -124,13 +157,19 @@ class TargetModel:
         fewer = {} if num_layers is None else {"num_hidden_layers": num_layers}
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **code)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=resolve_dtype(dtype, device),
-                attn_implementation=attn_implementation,
-                use_safetensors=True,
-                **code,
-                **fewer,
+            resolved = resolve_dtype(dtype, device)
+            model: Any = (
+                _ends_alone(folder, resolved, device, code)
+                if head_only
+                else AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=resolved,
+                    attn_implementation=attn_implementation,
+                    use_safetensors=True,
+                    **code,
+                    **fewer,
+                    **({} if device_map is None else {"device_map": _plain(device_map)}),
+                )
             )
         except SafetensorError as error:
             raise ValueError(f"the weights in {folder} are damaged ({error}): remove it, or copy it again.") from error
@@ -140,7 +179,19 @@ class TargetModel:
                 f"the tokenizer in {folder} knows {tokenizer.vocab_size} tokens and the model {vocab_size}: it is "
                 "another model's. Set target.path to a folder whose tokenizer belongs to its weights."
             )
-        return cls(model.to(device), tokenizer, name, folder, template)
+        wrong = {k: v for k, v in (sizes or {}).items() if num_layers is None and getattr(model.config, k, v) != v}
+        if wrong:
+            raise ValueError(f"target.sizes says {wrong}, the config.json in {folder} another: correct target.sizes.")
+        if head_only:
+            pass  # its ends are where they belong, and nothing else is there
+        elif device_map is None:
+            model = model.to(device)
+        elif any(end.weight.is_meta for end in (model.get_input_embeddings(), model.get_output_embeddings())):
+            raise ValueError(
+                "target.device_map leaves the embedding or the LM head on the disk, but the draft head needs them in "
+                "memory: name a device for embed_tokens and lm_head in target.device_map."
+            )
+        return cls(model, tokenizer, name, folder, template)
 
     @property
     def device(self) -> torch.device:
@@ -208,7 +259,9 @@ class TargetModel:
 
         Padding needs no mask: under causal attention no real token sees what stands to its right.
         """
-        return self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False).last_hidden_state
+        self._need_layers()
+        first = self.head.embed_tokens.device  # another one than the LM head's under a device_map
+        return self.model.base_model(input_ids=input_ids.to(first), use_cache=False).last_hidden_state.to(self.device)
 
     @torch.inference_mode()
     def forward(
@@ -220,12 +273,25 @@ class TargetModel:
             input_ids: [B, N]. positions: [B, N] (default: cache.length …). mask: bool [B, 1, N, keys], True = attend
                 (default: causal).
         """
+        self._need_layers()
         if positions is None:
             positions = torch.arange(cache.length, cache.length + input_ids.shape[1], device=self.device)[None]
         output = self.model.base_model(
             input_ids=input_ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         )
         return output.last_hidden_state
+
+    def _need_layers(self) -> None:
+        if self.head_only:
+            raise ValueError(
+                "target.head_only=true reads no layers, but this run needs them: extract the features first "
+                "(hass-prepare with the same words and target.head_only=false), and train with callbacks.decoding=null."
+            )
+
+    @cached_property
+    def head_only(self) -> bool:
+        """Whether the layers between embedding and LM head were left out."""
+        return any(p.is_meta for p in self.model.base_model.layers[0].parameters())
 
     def in_dtype(self, dtype: torch.dtype) -> TargetModel:
         """A second copy of this target in another dtype."""

@@ -211,18 +211,23 @@ def safetensors_copy(path: str, revision: str | None = None) -> Path:
     return made_once(f"{safe_name(Path(path).name)}-{digest[:12]}", make)
 
 
-def _hub_answers(timeout_seconds: float = 1.0) -> bool:
-    """Whether the hub accepts a connection within a second; its client would retry for half a minute."""
-    import socket
-    from urllib.parse import urlparse
-
+def _hub_answers() -> bool:
+    """Whether the hub may be asked and answers; its client would retry for half a minute."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
         return False
-    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    address = urlparse(proxy or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    port = address.port or (443 if address.scheme == "https" else 80)
+    return server_answers(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+
+
+def server_answers(url: str, timeout_seconds: float = 2.0) -> bool:
+    """Whether a web server says anything in time, were it an error: an open port alone may never reply."""
+    import urllib.error
+    import urllib.request
+
     try:
-        with socket.create_connection((address.hostname or "", port), timeout=timeout_seconds):
-            return True
-    except OSError:
+        asked = urllib.request.Request(url, method="HEAD")
+        urllib.request.build_opener().open(asked, timeout=timeout_seconds).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
         return False
+    return True

@@ -16,6 +16,7 @@ from hass_lightning.measure.benchmark import run_benchmark, summarize
 from hass_lightning.measure.records import conditional_rates
 from hass_lightning.measure.trace import BASELINE, Record
 from hass_lightning.target.model import TargetModel
+from hass_lightning.training.strategy import whole_parameters
 from hass_lightning.types import Conversation
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,10 @@ class SaveBestDraft(L.Callback):
         if trainer.sanity_checking or value is None or float(value) <= self.best:
             return
         self.best = float(value)
+        with whole_parameters(pl_module.draft):
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: L.Trainer, pl_module: Any) -> None:
         target = trainer.datamodule.target  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             notes = {

@@ -118,14 +118,14 @@ class HassModule(L.LightningModule):
         return self.loss(steps, targets, self.vocabulary, wanted, normalizer, self.alignment.weights)
 
     def training_step(self, batch: tuple[FeatureBatch, Tensor], batch_idx: int) -> Tensor:
-        """One aligned step; the mean is over the rows of all processes."""
+        """One aligned step; the mean is over the marked rows of all processes and of all accumulated batches."""
         features, inputs = batch
         mask, _, dropped = self._rows(features)
         num_rows = mask.sum().float()
-        world_size = self.trainer.world_size
-        global_rows = self.trainer.strategy.reduce(num_rows.clone(), reduce_op="sum") if world_size > 1 else num_rows
-        # gradients are averaged over processes: world_size · Σ_local / Σ N is the global token mean
-        output = self.aligned_loss(features, inputs, (global_rows / world_size).clamp(min=1e-6))
+        # gradients are averaged over processes and accumulated batches: their number · Σ_local / Σ N is the global mean
+        parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        rows = self.trainer.datamodule.rows_of_step(self.trainer.global_step)  # type: ignore[attr-defined]
+        output = self.aligned_loss(features, inputs, max(1, rows) / parts)
         if not torch.isfinite(output.total):
             broken = [name for name, value in output.values.items() if not torch.isfinite(value)]
             raise ValueError(
@@ -135,7 +135,7 @@ class HassModule(L.LightningModule):
             )
         self.example_tokens += int(num_rows)
         count = num_rows.clamp(min=1)
-        self.log("train/loss", output.total.detach(), prog_bar=True)
+        self.log("train/loss", output.total.detach(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
         logged = {f"train/{name}": value / count for name, value in output.values.items()}
         accuracy = output.hits.float().sum(-1) / count
         logged |= {f"train/accuracy/step{step + 1}": value for step, value in enumerate(accuracy)}

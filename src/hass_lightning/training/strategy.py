@@ -6,6 +6,7 @@ Everything else about strategies is a YAML in `conf/trainer`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +54,23 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Lightning's backward, without DeepSpeed's own division by the number of accumulated batches."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+def whole_parameters(module: torch.nn.Module) -> AbstractContextManager[Any]:
+    """Within it every process sees the whole parameters of a module, which ZeRO-3 spreads over the processes."""
+    spread = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if not spread:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(spread)
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an error of a collective says that another process is gone (gloo, NCCL)."""
+    return isinstance(error, torch.distributed.DistError) or any(
+        words in str(error) for words in ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+    )
 
 
 def check_trainer_config(trainer: Mapping[str, Any]) -> None:

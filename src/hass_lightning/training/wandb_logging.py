@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from hass_lightning.measure.records import acceptance_length, conditional_rates, survival
 from hass_lightning.measure.trace import BASELINE, Record
 from hass_lightning.report.answers import pieces_of
+from hass_lightning.target.source import server_answers
 
 log = logging.getLogger(__name__)
 AXES = ("trainer/global_step", "compute/tokens", "compute/flops", "compute/seconds")
@@ -33,24 +34,30 @@ COLUMNS = [
 def wandb_settings(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
     """What the logger of a run takes beside conf/logger: the whole config at once, and one id a run folder.
 
-    The config is handed over when the run starts: an offline run that dies would lose it otherwise. Without a key and
-    without `WANDB_MODE` the run is logged offline, said in one line.
+    The config is handed over when the run starts: an offline run that dies would lose it otherwise. Without a key, or
+    where the server does not answer, the run is logged offline, said in one line.
     """
-    offline_without_key()
+    offline_without_server()
     return {"config": dict(config), "id": run_id(run_dir)}
 
 
-def offline_without_key() -> None:
-    """W&B without a key and without `WANDB_MODE` is offline; nothing waits for a login."""
-    if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
+def offline_without_server() -> None:
+    """W&B is offline without a key, and where its server does not answer; `WANDB_MODE` wins. Said in one line."""
+    if os.environ.get("WANDB_MODE"):
         return
     try:
         known = netrc.netrc().hosts
     except (OSError, netrc.NetrcParseError):
         known = {}
-    if not any("wandb" in host for host in known):
-        os.environ["WANDB_MODE"] = "offline"
-        log.info("no W&B key: the run is logged offline (upload it later with `wandb sync`)")
+    server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    if not os.environ.get("WANDB_API_KEY") and not any("wandb" in host for host in known):
+        reason = "no W&B key"
+    elif not server_answers(server):
+        reason = f"the W&B server {server} does not answer"
+    else:
+        return
+    os.environ["WANDB_MODE"] = "offline"
+    log.info("%s: the run is logged offline (upload it later with `wandb sync`)", reason)
 
 
 def run_id(run_dir: Path) -> str:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hass_lightning.ledger import (
     REQUEUE_EXIT_CODE,
@@ -66,6 +67,12 @@ def _collect_signals(received: list[int]) -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+def _outcome(result: dict[str, Any]) -> dict[str, Any]:
+    """What the ledger notes of a job's result file."""
+    said = result.get("result") or {}
+    return {"metric": result.get("metric"), "data": said.get("data_hash"), "result": said}
 
 
 class Pool:
@@ -171,7 +178,7 @@ class Pool:
             and not result.get("error")
         ):
             # The launcher was killed and the job went on to its end: take over what it wrote.
-            self._note(cell, "completed", metric=result.get("metric"), result=result.get("result") or {})
+            self._note(cell, "completed", **_outcome(result))
             self.at_start.pop(cell.name, None)
             return True
         return last.status == "completed" or (last.status == "failed" and last != self.at_start.get(cell.name))
@@ -194,11 +201,7 @@ class Pool:
 
     def _record(self, cell: Cell, job: JobProcess, code: int, stopping: bool) -> Entry:
         result = job.result()
-        values = {
-            "metric": result.get("metric"),
-            "result": result.get("result") or {},
-            "seconds": round(job.seconds, 2),
-        }
+        values = {**_outcome(result), "seconds": round(job.seconds, 2)}
         if code == 0:
             return self._done(cell, self._note(cell, "completed", **values))
         if stopping:

@@ -22,11 +22,11 @@ from omegaconf import DictConfig
 
 LEFTOVER_SECONDS = 5.0  # other ranks end a moment after the first; then they are killed
 
-# What torchrun, Lightning or DeepSpeed leave behind in the environment of a rank. A job that inherits them believes it
+# What torchrun, srun, Lightning or DeepSpeed leave in the environment of a rank. A job that inherits them believes it
 # is a rank of somebody else's process group.
 _RANK_VARIABLES = re.compile(
     r"(LOCAL_|NODE_|GROUP_|ROLE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|CROSS_\w+|"
-    r"PL_GLOBAL_SEED|HASS_LIGHTNING_RESULT_FILE|HASS_LIGHTNING_SWEEP"
+    r"PL_GLOBAL_SEED|SLURM_(NTASKS|PROCID|LOCALID)|HASS_LIGHTNING_RESULT_FILE|HASS_LIGHTNING_SWEEP"
 )
 # Overrides that steer the sweep itself. The other hydra overrides (searchpath, verbose, job.env_set) are for the jobs.
 _SWEEP_OVERRIDES = re.compile(r"[+~]*hydra[./](launcher|sweeper|sweep|mode|run)\b")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
 import subprocess
 import time
@@ -106,6 +107,8 @@ class SubprocessLauncher(Launcher):
             name = cell_name(self.config.hydra.job.config_name, overrides)
             cells.setdefault(name, Cell(name, num, list(overrides), command, folder, _config_hash(job.cfg), num_ranks))
             returns.append((name, job))
+        if OmegaConf.select(self.config, "plan", default=False):
+            self._plan(pool.ledger, [(cells[name], job.cfg) for name, job in dict(returns).items()])
         try:
             pool.run(list(cells.values()))
         except Stopped as stop:
@@ -114,6 +117,21 @@ class SubprocessLauncher(Launcher):
             raise SystemExit(128 + stop.number) from None
         self._summarize(list(cells.values()))
         return [_with_outcome(job, cells[name].outcome) for name, job in returns]
+
+    def _plan(self, ledger: Ledger, cells: Sequence[tuple[Cell, DictConfig]]) -> None:
+        """Print what the sweep would take, and end."""
+        from hass_lightning.planning import plan_sweep
+
+        latest = ledger.latest()
+        done = [
+            entry
+            for cell, _ in cells
+            if (entry := latest.get(cell.name)) and (entry.status, entry.config_hash) == ("completed", cell.config_hash)
+        ]
+        left = [config for cell, config in cells if cell.name not in {entry.cell for entry in done}]
+        seconds = [entry.seconds for entry in done if entry.seconds]
+        print(json.dumps(plan_sweep(left, seconds, len(done), self.n_jobs)), flush=True)
+        raise SystemExit(0)
 
     def _deals_gpus(self) -> bool:
         return self.gpus_per_job != 0 and (self.n_jobs > 1 or self.gpus_per_job is not None)
@@ -167,7 +185,9 @@ def _config_hash(config: DictConfig | None) -> str:
     Where files lie and who logs is left out, as in `provenance.config_hash` (of the resolved config, so not the same).
     """
     assert config is not None
-    content = OmegaConf.masked_copy(config, [key for key in config if key not in ("paths", "logger", "study", "fresh")])
+    content = OmegaConf.masked_copy(
+        config, [key for key in config if key not in ("paths", "logger", "study", "fresh", "plan", "estimate")]
+    )
     return hashlib.sha256(OmegaConf.to_yaml(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -1,0 +1,146 @@
+"""`plan=true`: what a composed config would take, before anything is downloaded, loaded or started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from hass_lightning.data.tokens import encode_all
+from hass_lightning.estimate import DEVICES, Sizes, Workload, plan
+from hass_lightning.target.model import resolve_dtype, working_dtype
+from hass_lightning.target.source import hub_folder
+
+
+def machine_flops(seconds: float = 0.2) -> float:
+    """Operations a second of this process on this machine: large products, timed."""
+    a = torch.randn(512, 512, dtype=working_dtype())
+    a @ a
+    number, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        a @ a
+        number += 1
+    return number * 2 * 512**3 / (time.perf_counter() - started)
+
+
+def useful_flops(estimate: DictConfig) -> float:
+    """What one process will do a second: the named device's data sheet times `estimate.utilisation`.
+
+    Raises:
+        ValueError: an unknown device.
+    """
+    if estimate.device == "this":
+        return machine_flops() * estimate.utilisation
+    if estimate.device not in DEVICES:
+        raise ValueError(f"estimate.device={estimate.device} is none of this, {', '.join(DEVICES)}.")
+    return DEVICES[estimate.device].flops * estimate.utilisation
+
+
+def _folder(target: DictConfig) -> Path:
+    """The folder of a target; made or downloaded if it is not there."""
+    return hub_folder(str(instantiate(target.path)), target.get("revision"))
+
+
+def target_sizes(target: DictConfig) -> Sizes:
+    """From `target.sizes`, else from the config.json of its folder."""
+    if target.get("sizes"):
+        return Sizes.read({str(key): value for key, value in target.sizes.items()})
+    return Sizes.read_folder(_folder(target))
+
+
+def count_tokens(config: DictConfig) -> tuple[int, int]:
+    """(tokens, marked rows) of the training data: as `estimate` states them, else bounded by the config, else counted.
+
+    Counting reads the conversations and needs the target's tokenizer.
+    """
+    estimate, data = config.estimate, config.data
+    if estimate.num_tokens:
+        return int(estimate.num_tokens), round(estimate.num_tokens * estimate.rows_fraction)
+    if data.max_answer_tokens:
+        return round(data.max_answer_tokens / estimate.rows_fraction), int(data.max_answer_tokens)
+    source = data.source
+    if "num_questions" in source:
+        rows = source.num_questions * source.answer_max_tokens
+        return rows + source.num_questions * source.question_max_tokens, rows
+    from transformers import AutoTokenizer
+
+    conversations = instantiate(source).load(None)  # no other source looks at the target
+    tokenizer = AutoTokenizer.from_pretrained(_folder(config.target), local_files_only=True)
+    tokens = encode_all(tokenizer, conversations, data.max_length)
+    return sum(map(len, tokens)), sum(int(sequence.loss_mask.sum()) for sequence in tokens)
+
+
+def workload(config: DictConfig) -> Workload:
+    """What a config of `hass-train` would do."""
+    trainer, data = config.trainer, config.data
+    tokens, rows = count_tokens(config)
+    processes = int(trainer.devices) * int(trainer.num_nodes)
+    strategy = trainer.strategy if OmegaConf.is_config(trainer.strategy) else {}
+    longest = data.batch_size * min(data.max_length, 2048)
+    epochs = float(trainer.max_epochs) if trainer.max_epochs not in (None, -1) else float("inf")
+    if trainer.max_steps not in (None, -1):
+        mean = max(1.0, tokens / max(1, config.estimate.num_conversations or tokens / 500))
+        batches = trainer.max_steps * trainer.accumulate_grad_batches
+        epochs = min(epochs, batches * data.batch_size * processes * mean / tokens)
+    depth = config.model.alignment.depth
+    on_gpu = config.estimate.device != "this"
+    return Workload(
+        num_tokens=tokens,
+        num_rows=rows,
+        epochs=epochs,
+        depth=int(depth) if isinstance(depth, int) else int(max(OmegaConf.to_container(depth).values())),
+        batch_tokens=int(min(longest, tokens)),
+        processes=processes,
+        draft_vocab=config.model.draft.vocab_size,
+        stage=strategy.get("stage") if "DeepSpeed" in str(strategy.get("_target_", "")) else None,
+        target_bytes=2 if on_gpu else resolve_dtype(config.target.dtype).itemsize,
+        trained_bytes=4 if trainer.precision == "32-true" else 2 if on_gpu else working_dtype().itemsize,
+    )
+
+
+def plan_run(config: DictConfig, flops: float | None = None) -> dict[str, Any]:
+    """The plan of one config; `flops` saves timing the machine again."""
+    return plan(target_sizes(config.target), workload(config), flops or useful_flops(config.estimate))
+
+
+def plan_sweep(configs: Sequence[DictConfig], seconds: Sequence[float], num_done: int, n_jobs: int) -> dict[str, Any]:
+    """The plan of a sweep.
+
+    Args:
+        configs: of the cells still to run. seconds: what completed cells of it took. num_done: their number.
+        n_jobs: cells at a time.
+    """
+    result: dict[str, Any] = {"num_cells": len(configs) + num_done, "num_completed": num_done}
+    if not configs:
+        return result | {"hours": 0.0, "hours_from": "nothing is left to run"}
+    flops = useful_flops(configs[0].estimate)
+    plans = [plan_run(config, flops) for config in configs]
+    features = {_data_key(config): each for config, each in zip(configs, plans, strict=True)}  # cells share the cache
+    extraction = sum(each["extraction_hours"] for each in features.values())
+    if seconds:
+        hours, source = len(configs) * sum(seconds) / len(seconds) / 3600, f"the mean of {len(seconds)} completed cells"
+    else:
+        hours = extraction + sum(each["training_hours"] for each in plans)
+        source = f"formulas, estimate.device={configs[0].estimate.device}; without start-up and decoding"
+    processes = max(int(config.trainer.devices) for config in configs)
+    return result | {
+        "hours": round(hours / n_jobs, 3),
+        "hours_from": source,
+        "disk_gb": round(sum(each["disk_gb"] for each in features.values()), 3),
+        "memory_gb": round(n_jobs * processes * max(each["training_memory_gb"] for each in plans), 2),
+        "memory_gb_a_process": round(max(each["training_memory_gb"] for each in plans), 2),
+    }
+
+
+def _data_key(config: DictConfig) -> str:
+    content = {name: OmegaConf.to_container(config[name], resolve=False) for name in ("target", "data")}
+    for free in ("batch_size", "noise", "num_workers", "cache_dir"):
+        content["data"].pop(free, None)  # type: ignore[union-attr]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
