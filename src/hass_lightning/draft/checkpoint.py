@@ -33,6 +33,7 @@ class SavedDraft:
         """A copy of the head in the target's dtype, on its device."""
         copy = deepcopy(self.draft).to(device=device, dtype=dtype).eval().requires_grad_(False)
         use_few_row_linears(copy)
+        copy.join_layer()
         return copy
 
 

@@ -56,6 +56,13 @@ class KVCache:
             end = self.read_length or self.capacity
         return stored_keys[:, :, :end], stored_values[:, :, :end]
 
+    def causal_mask(self, num_tokens: int) -> Tensor | None:
+        """What `num_tokens` new tokens in a row see, bool [1, 1, N, keys]; None where no mask is needed."""
+        if num_tokens == 1 or self.length == 0:
+            return None
+        columns = torch.arange(self.length + num_tokens, device=self.storage.device)
+        return (columns <= columns[self.length :, None])[None, None]
+
     def advance(self, num_tokens: int) -> None:
         """Count the last `num_tokens` written columns as part of the sequence."""
         self.length += num_tokens

@@ -19,6 +19,7 @@ from torch import Tensor
 from hass_lightning.target.cache import KVCache
 from hass_lightning.target.head import TargetHead
 from hass_lightning.target.linear import use_few_row_linears
+from hass_lightning.target.llama import LlamaStep
 from hass_lightning.target.source import hub_folder, sha256_file
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class TargetModel:
         self.config = model.config
         lm_head = model.get_output_embeddings()
         self.head = TargetHead(model.get_input_embeddings().weight, lm_head.weight, getattr(lm_head, "bias", None))
+        self._step = LlamaStep(model) if LlamaStep.fits(model) else self._transformers_step
 
     @classmethod
     def load(
@@ -188,6 +190,13 @@ class TargetModel:
         """
         if positions is None:
             positions = torch.arange(cache.length, cache.length + input_ids.shape[1], device=self.device)[None]
+        return self._step(input_ids, cache, positions, mask)
+
+    def _transformers_step(self, input_ids: Tensor, cache: KVCache, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """The same for any causal LM, by transformers."""
+        if mask is None and input_ids.shape[1] == 1 and self.device.type == "cpu":
+            # 1.2x faster with a mask that hides nothing: transformers then packs the query heads of a group
+            mask = torch.ones(1, 1, 1, cache.length + 1, dtype=torch.bool)
         output = self.model.base_model(
             input_ids=input_ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         )
