@@ -30,15 +30,22 @@ class KVCache:
         device: torch.device | str = "cpu",
     ):
         # one tensor, so that keeping an accepted path is one gather, not two a layer
-        self._use(torch.zeros(2, num_layers, batch_size, num_heads, capacity, head_dim, dtype=dtype, device=device))
+        shape = (2, num_layers, batch_size, num_heads, capacity, head_dim)
+        self.storage = torch.zeros(shape, dtype=dtype, device=device)  # [2, L, B, H, C, d]
         self.capacity = capacity
         self.length = 0
         self.slots: Tensor | None = None  # [B, N] columns to write to, instead of length … length+N-1
         self.read_length: int | None = None  # columns returned to the attention when `slots` is set
 
-    def _use(self, storage: Tensor) -> None:
-        self.storage = storage  # [2, L, B, H, C, d]
-        self.keys, self.values = list(storage[0].unbind()), list(storage[1].unbind())  # views, one a layer
+    @property
+    def keys(self) -> Tensor:
+        """Keys [L, B, H, C, d]."""
+        return self.storage[0]
+
+    @property
+    def values(self) -> Tensor:
+        """Values [L, B, H, C, d]."""
+        return self.storage[1]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write `keys`, `values` [B, H, N, d] and return all columns the attention may read."""
@@ -80,7 +87,7 @@ class KVCache:
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows `rows` [K] alone (finished sequences leave the batch)."""
-        self._use(self.storage[:, :, rows])
+        self.storage = self.storage[:, :, rows]
 
     # What transformers asks of a cache when it builds a mask by itself (prefill and single tokens, uniform rows).
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from hass_lightning.target.cache import KVCache
-from hass_lightning.target.linear import FewRowLinear, linear
+from hass_lightning.target.linear import inputs_first, linear
 
 Rotary = tuple[Tensor, Tensor]  # cos [B, N, 1, d], and sin with the sign of the rotated half
 
 
 def joined(*layers: nn.Linear) -> Tensor:
     """The weights of `layers` one below the other, `[sum of outputs, inputs]`; their parameters become views of it."""
-    weight = torch.cat([layer.weight.detach() for layer in layers])
+    weight = inputs_first(torch.cat([layer.weight.detach() for layer in layers]))
     start = 0
     for layer in layers:
         layer.weight.data = weight[start : start + layer.out_features]
@@ -129,7 +129,7 @@ class LlamaStep:
             return False
         linears = [module for name, module in model.model.named_modules() if name.endswith("_proj")]
         # quantised or adapted layers are other classes; biases are in no published Llama
-        return all(type(each) in (nn.Linear, FewRowLinear) and each.bias is None for each in linears)
+        return all(type(each) is nn.Linear and each.bias is None for each in linears)
 
     def __call__(self, input_ids: Tensor, cache: KVCache, positions: Tensor, mask: Tensor | None) -> Tensor:
         """Features [B, N, D]; arguments as in `TargetModel.forward`."""

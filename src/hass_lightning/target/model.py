@@ -53,7 +53,6 @@ class TargetModel:
     """
 
     def __init__(self, model, tokenizer, name: str, folder: Path):
-        use_few_row_linears(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -61,7 +60,12 @@ class TargetModel:
         self.config = model.config
         lm_head = model.get_output_embeddings()
         self.head = TargetHead(model.get_input_embeddings().weight, lm_head.weight, getattr(lm_head, "bias", None))
-        self._step = LlamaStep(model) if LlamaStep.fits(model) else self._transformers_step
+        if LlamaStep.fits(model):
+            self._step = LlamaStep(model)
+        else:
+            use_few_row_linears(model)
+            self._step = self._transformers_step
+        self._cached_step, self.compiled = self._step, False
 
     @classmethod
     def load(
@@ -74,6 +78,7 @@ class TargetModel:
         device: str = "cpu",
         trust_remote_code: bool = False,
         num_layers: int | None = None,
+        compile: bool = False,
     ) -> TargetModel:
         """Read a target from a folder or a hub id.
 
@@ -82,6 +87,7 @@ class TargetModel:
             dtype: `auto` (bf16 where it is fast), `float32`, `bfloat16`, `float16`.
             attn_implementation: of transformers. `eager` misreads boolean tree masks: refused.
             num_layers: keep the first layers alone (a small model for `DraftModel` where no trained one exists).
+            compile: see `compile`.
 
         Raises:
             ValueError: the model cannot be found or read; the message names the cure.
@@ -113,7 +119,10 @@ class TargetModel:
                 f"the tokenizer in {folder} knows {tokenizer.vocab_size} tokens and the model {vocab_size}: it is "
                 "another model's. Set target.path to a folder whose tokenizer belongs to its weights."
             )
-        return cls(model.to(device), tokenizer, name, folder)
+        target = cls(model.to(device), tokenizer, name, folder)
+        if compile:
+            target.compile()
+        return target
 
     @property
     def device(self) -> torch.device:
@@ -190,7 +199,17 @@ class TargetModel:
         """
         if positions is None:
             positions = torch.arange(cache.length, cache.length + input_ids.shape[1], device=self.device)[None]
-        return self._step(input_ids, cache, positions, mask)
+        step = self._step if cache.length == 0 else self._cached_step
+        return step(input_ids, cache, positions, mask)
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Run `torch.compile` over what follows a prefill, at the first forward of each number of tokens.
+
+        A draft head for this target is compiled, too (`SavedDraft.for_decoding`), so that a speedup compares like with
+        like. Batches of ragged rows and the copy in fp32 stay as they are.
+        """
+        step = self._step.__call__ if isinstance(self._step, LlamaStep) else self._step
+        self._cached_step, self.compiled = torch.compile(step, dynamic=True, backend=backend), True
 
     def _transformers_step(self, input_ids: Tensor, cache: KVCache, positions: Tensor, mask: Tensor | None) -> Tensor:
         """The same for any causal LM, by transformers."""
