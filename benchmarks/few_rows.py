@@ -26,7 +26,7 @@ PROMPT = 200
 
 
 def seconds(target: TargetModel, cache, num_tokens: int, most_rows: int) -> float:
-    """One forward of `num_tokens` on top of the prompt, with the LM head; `most_rows` 0 is the library's kernel alone."""
+    """One forward of `num_tokens` on top of the prompt, with the LM head; `most_rows` 0: the library's kernel."""
     linear.MOST_ROWS = most_rows
     token_ids = torch.randint(0, 40_000, (1, num_tokens))
     mask = torch.ones(1, 1, num_tokens, PROMPT + num_tokens, dtype=torch.bool)

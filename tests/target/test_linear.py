@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hass_lightning.target import linear as module
-from hass_lightning.target.linear import FewRowLinear, linear, takes_few_rows, use_few_row_linears
+from hass_lightning.target.linear import FewRowLinear, inputs_first, linear, takes_few_rows, use_few_row_linears
 
 
 @pytest.fixture
@@ -39,6 +39,18 @@ def test_rows_that_are_a_slice_of_more(without_avx512):
 @pytest.mark.parametrize(("rows", "few"), [(0, False), (1, True), (64, True), (65, False)])
 def test_many_rows_take_the_library_kernel(without_avx512, rows, few):
     assert takes_few_rows(torch.zeros(rows, 3), torch.zeros(4, 3)) == few
+
+
+def test_one_row_takes_it_where_it_is_at_the_memory_s_speed(without_avx512, monkeypatch):
+    wide, narrow = torch.randn(4, 3), torch.randn(3, 4)
+    turned = inputs_first(wide)
+    assert torch.equal(turned, wide) and turned.T.is_contiguous()
+    assert inputs_first(narrow) is narrow
+    assert [takes_few_rows(torch.zeros(1, w.shape[1]), w) for w in (wide, turned, narrow)] == [True, False, False]
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(linear(x, turned), F.linear(x, wide), atol=1e-6, rtol=1e-5)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert inputs_first(wide) is wide
 
 
 def test_other_dtypes_training_and_avx512_take_the_library_kernel(without_avx512, monkeypatch):

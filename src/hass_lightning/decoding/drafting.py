@@ -38,11 +38,7 @@ class HeadRows:
         cache, count = self.cache, len(token_ids)
         cache.length = self.num_rows
         embeddings = self.head.embed(torch.tensor([token_ids], device=self.device))
-        mask = None
-        if count > 1 and self.num_rows > 0:
-            columns = torch.arange(self.num_rows + count, device=self.device)
-            mask = (columns[None, :] <= columns[self.num_rows :, None])[None, None]
-        output = self.draft(embeddings, features[None], cache, mask=mask)
+        output = self.draft(embeddings, features[None], cache, mask=cache.causal_mask(count))
         cache.advance(count)
         self.num_rows += count
         return output[0, -1:]

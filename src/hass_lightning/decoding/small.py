@@ -59,10 +59,7 @@ class SmallModelProposer:
         """Logits [1, V] after the last of `token_ids` [1, K]."""
         start, count = self.cache.length, token_ids.shape[1]
         positions = torch.arange(start, start + count, device=self.model.device)
-        mask = None
-        if count > 1 and start > 0:
-            mask = (torch.arange(start + count, device=self.model.device)[None, :] <= positions[:, None])[None, None]
         positions = positions.clamp(max=self.model.max_length - 1)
-        features = self.model.forward(token_ids, self.cache, positions[None], mask)
+        features = self.model.forward(token_ids, self.cache, positions[None], self.cache.causal_mask(count))
         self.cache.advance(count)
         return self.model.head.logits(features[0, -1:])

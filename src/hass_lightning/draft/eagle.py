@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D hidden (types.py has the legend). A *row* t pairs t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from transformers import LlamaConfig
 from hass_lightning.draft.attention import Form, check_form
 from hass_lightning.draft.layers import DraftLayer, RotaryAngles
 from hass_lightning.target.cache import KVCache
+from hass_lightning.target.llama import LlamaLayer, additive, rotary_of
 
 
 def draft_config(target_config: Any) -> LlamaConfig:
@@ -64,6 +66,7 @@ class EagleDraft(nn.Module):
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=fc_bias)
         self.layers = nn.ModuleList([DraftLayer(config)])
         self.rotary = RotaryAngles(config)
+        self.joined: Callable[..., Tensor] | None = None  # the layer as decoding runs it (join_layer)
 
     @classmethod
     def from_target(
@@ -109,7 +112,20 @@ class EagleDraft(nn.Module):
         if positions is None:
             start = cache.length if cache is not None else 0
             positions = torch.arange(start, start + embeddings.shape[1], device=embeddings.device)[None]
-        return self.layer(self.fuse(embeddings, features), self.rotary(positions), cache, mask)
+        u = self.fuse(embeddings, features)
+        cos, sin = self.rotary(positions)
+        if self.joined is None or cache is None:
+            return self.layer(u, (cos, sin), cache, mask)
+        rotary = rotary_of(cos.to(u.dtype), sin.to(u.dtype))
+        group_size = self.layer.self_attn.num_heads // self.layer.self_attn.num_kv_heads
+        return self.joined(u, rotary, additive(mask, group_size, u.dtype), cache, 0)
+
+    def join_layer(self, compile: bool = False) -> None:
+        """Decode with `LlamaLayer` from now on: for a frozen head that stays in its dtype, on its device."""
+        attention, mlp, norm = self.layer.self_attn, self.layer.mlp, self.layer.post_attention_layernorm
+        heads = {"num_heads": attention.num_heads, "num_kv_heads": attention.num_kv_heads}
+        layer = LlamaLayer(attention, mlp, None, norm, **heads)
+        self.joined = torch.compile(layer.__call__, dynamic=True) if compile else layer
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `capacity` rows."""

@@ -30,15 +30,22 @@ class KVCache:
         device: torch.device | str = "cpu",
     ):
         # one tensor, so that keeping an accepted path is one gather, not two a layer
-        self._use(torch.zeros(2, num_layers, batch_size, num_heads, capacity, head_dim, dtype=dtype, device=device))
+        shape = (2, num_layers, batch_size, num_heads, capacity, head_dim)
+        self.storage = torch.zeros(shape, dtype=dtype, device=device)  # [2, L, B, H, C, d]
         self.capacity = capacity
         self.length = 0
         self.slots: Tensor | None = None  # [B, N] columns to write to, instead of length … length+N-1
         self.read_length: int | None = None  # columns returned to the attention when `slots` is set
 
-    def _use(self, storage: Tensor) -> None:
-        self.storage = storage  # [2, L, B, H, C, d]
-        self.keys, self.values = list(storage[0].unbind()), list(storage[1].unbind())  # views, one a layer
+    @property
+    def keys(self) -> Tensor:
+        """Keys [L, B, H, C, d]."""
+        return self.storage[0]
+
+    @property
+    def values(self) -> Tensor:
+        """Values [L, B, H, C, d]."""
+        return self.storage[1]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write `keys`, `values` [B, H, N, d] and return all columns the attention may read."""
@@ -55,6 +62,13 @@ class KVCache:
             stored_values[rows, :, self.slots] = values.transpose(1, 2)
             end = self.read_length or self.capacity
         return stored_keys[:, :, :end], stored_values[:, :, :end]
+
+    def causal_mask(self, num_tokens: int) -> Tensor | None:
+        """What `num_tokens` new tokens in a row see, bool [1, 1, N, keys]; None where no mask is needed."""
+        if num_tokens == 1 or self.length == 0:
+            return None
+        columns = torch.arange(self.length + num_tokens, device=self.storage.device)
+        return (columns <= columns[self.length :, None])[None, None]
 
     def advance(self, num_tokens: int) -> None:
         """Count the last `num_tokens` written columns as part of the sequence."""
@@ -73,7 +87,7 @@ class KVCache:
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows `rows` [K] alone (finished sequences leave the batch)."""
-        self._use(self.storage[:, :, rows])
+        self.storage = self.storage[:, :, rows]
 
     # What transformers asks of a cache when it builds a mask by itself (prefill and single tokens, uniform rows).
     def get_seq_length(self, layer_idx: int = 0) -> int:

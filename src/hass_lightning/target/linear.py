@@ -1,9 +1,10 @@
 """Linear layers for the few rows of a decoding step, where a CPU's usual kernel is slow.
 
 On CPUs without AVX-512, MKL multiplies 2 … 64 rows in fp32 at a fraction of the memory's speed, for it re-packs the
-whole weight at every call. oneDNN keeps a packed copy (as torch's inductor does when it freezes a model): a forward of 8
-tokens costs 1.4 forwards of one instead of 2.4 (benchmarks/few_rows.md), for twice the memory of the weights. Everything
-that decodes goes through here, the autoregressive baseline too.
+whole weight at every call. oneDNN keeps a packed copy (as torch's inductor does when it freezes a model), for twice the
+memory of the weights, and is fastest as a 1 × 1 convolution whose pixels are the rows: rows and results are not copied.
+One row takes the library's kernel and a weight stored inputs first (benchmarks/few_rows.md). Everything that decodes
+goes through here, the autoregressive baseline too.
 Shapes: R rows, I inputs, O outputs.
 """
 
@@ -18,21 +19,37 @@ MOST_ROWS = 64
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> (its version, oneDNN's copy)
 
 
-def takes_few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether the packed copy is the better way: fp32 on a CPU without AVX-512, few rows, no gradient."""
+def few_rows_matter(x: Tensor, weight: Tensor) -> bool:
+    """Whether the library's kernel is slow for few rows: fp32 on a CPU without AVX-512."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT") and torch.backends.mkldnn.is_available()
+
+
+def takes_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether the packed copy is the better way: few rows, no gradient, and a kernel that is slow for them."""
     num_rows = x.numel() // max(1, x.shape[-1])
     if not 0 < num_rows <= MOST_ROWS or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
         return False
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT") and torch.backends.mkldnn.is_available()
+    if num_rows == 1 and (weight.shape[0] <= weight.shape[1] or not weight.is_contiguous()):
+        return False  # the library's kernel is at the memory's speed
+    return not torch.compiler.is_compiling() and few_rows_matter(x, weight)
+
+
+def inputs_first(weight: Tensor) -> Tensor:
+    """The same [O, I] stored as [I, O] if it has more outputs than inputs: one row is multiplied up to 1.5x faster."""
+    wide = weight.shape[0] > weight.shape[1] and few_rows_matter(weight, weight)
+    return weight.T.contiguous().T if wide else weight
 
 
 def _packed_copy(weight: Tensor) -> Tensor:
     version = 0 if weight.is_inference() else weight._version
     known = _packed.get(weight)
     if known is None or known[0] != version:  # new, or written to since
-        known = _packed[weight] = (version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8))
+        kernel = weight.detach()[:, :, None, None].contiguous()
+        usual = [1, weight.shape[1], 1, 8]  # pixels that the order is chosen for
+        copy = torch.ops.mkldnn._reorder_convolution_weight(kernel, [0, 0], [1, 1], [1, 1], 1, usual)
+        known = _packed[weight] = (version, copy)
     return known[1]
 
 
@@ -40,7 +57,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x Wᵀ + b`: [..., I] and [O, I] to [..., O], as `F.linear` up to rounding."""
     if not takes_few_rows(x, weight):
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, _packed_copy(weight), bias, "none", [], "")
+    pixels = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, I, 1, R], channels last
+    packed = _packed_copy(weight)
+    product = torch.ops.mkldnn._convolution_pointwise(pixels, packed, bias, [0, 0], [1, 1], [1, 1], 1, "none", [], "")
+    return product.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 class FewRowLinear(nn.Linear):

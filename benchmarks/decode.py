@@ -1,0 +1,212 @@
+"""Tokens per second and phase shares of every way to decode, ours and transformers', on the same prompts, interleaved.
+
+    python benchmarks/decode.py --draft runs/quickstart [--limit 4] [--max-new-tokens 64] [--threads 2] \
+        [--tree 8,3,3] [--override target.dtype=float32]
+
+Greedy. Prompts: MT-bench (first turns), HumanEval and GSM8K where HASS_LIGHTNING_DATA names a folder with their files,
+else the questions that the corpus holds out. Transformers' decoders run an untouched copy of the same model in the same
+dtype: `generate` with its static cache and with its dynamic one, prompt lookup, and assisted generation (the first
+third of the target's own layers drafts, `assistant_early_exit`: no smaller model of this family exists).
+Prints a table a benchmark (medians over prompts, quartiles in brackets), each phase beside the time that the machine's
+measured rates allow, and one line of JSON.
+"""
+
+import argparse
+import json
+import os
+from collections import defaultdict
+from statistics import median, quantiles
+from time import perf_counter
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from machine import rates
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from hass_lightning.benchmark import decoding_models, load_drafts, load_prompts
+from hass_lightning.cli import config_folder
+from hass_lightning.decoding import Autoregressive, Chain, DecodingModels, DynamicTree, PromptLookup
+from hass_lightning.measure.benchmark import run_benchmark
+from hass_lightning.measure.trace import Record
+from hass_lightning.types import Conversation, DecodeResult
+
+PHASES = ("prefill", "draft", "verify", "bookkeeping")
+PUBLIC = ("mt_bench", "humaneval", "gsm8k")
+
+
+class Transformers:
+    """`generate` of transformers as a decoder of ours; its time has one phase."""
+
+    acceptance = "none"
+
+    def __init__(self, name: str, model, **options):
+        self.name, self.model, self.options = name, model, options
+
+    def check(self, models: DecodingModels) -> None:
+        """Everything fits."""
+
+    def generate(self, models, prompt, max_new_tokens, sampling=None, generator=None) -> DecodeResult:
+        """Greedy."""
+        ids = torch.tensor([prompt], device=self.model.device)
+        ends = sorted(models.target.eos_token_ids)
+        start = perf_counter()
+        answer = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
+            eos_token_id=ends, pad_token_id=ends[0], **self.options,
+        )  # fmt: skip
+        tokens = answer[0, len(prompt) :].tolist()
+        return DecodeResult(tokens, [], [], [], {"verify": perf_counter() - start})
+
+
+def transformers_decoders(target) -> dict[str, Transformers]:
+    """Four ways to decode by transformers, on a copy of the model that nothing of ours has touched."""
+    model = AutoModelForCausalLM.from_pretrained(target.folder, dtype=target.dtype, attn_implementation="sdpa")
+    model.to(target.device).eval()
+    ways = {
+        "hf_static_cache": {"cache_implementation": "static"},
+        "hf_dynamic_cache": {},
+        "hf_prompt_lookup": {"prompt_lookup_num_tokens": 8},
+        "hf_assisted": {"assistant_early_exit": max(1, target.config.num_hidden_layers // 3)},
+    }
+    return {name: Transformers(name, model, **options) for name, options in ways.items()}
+
+
+def floors(models: DecodingModels, machine: dict[str, float], rows: int, levels: int, width: int) -> dict[str, float]:
+    """Least seconds of a cycle: weights read once a forward, and multiplied, at the measured rates."""
+    target, size = models.target, torch.finfo(models.target.dtype).bits // 8
+
+    def least(parameters: float, tokens: int) -> float:
+        return max(parameters * size / machine["matrix_vector"], 2 * parameters * tokens / machine["flops"])
+
+    layers = sum(p.numel() for p in target.model.base_model.parameters()) - target.head.embed_tokens.numel()
+    verify = least(layers + target.head.lm_head.numel(), rows)
+    if models.draft is None or levels == 0:
+        return {"verify": verify, "draft": 0.0}
+    head = sum(p.numel() for p in models.draft.parameters()) + models.draft_vocabulary.weight.numel()
+    return {"verify": verify, "draft": least(head, 2) + (levels - 1) * least(head, width)}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, _, high = quantiles(values, n=4) if len(values) > 1 else (values[0], 0.0, values[0])
+    return {"median": median(values), "low": low, "high": high}
+
+
+def row_of(records: list[Record], floor: dict[str, float]) -> dict:
+    """One decoder on one benchmark."""
+    seconds = sum(r.total_seconds for r in records)
+    shares = {phase: sum(r.seconds.get(phase, 0) for r in records) / seconds for phase in PHASES}
+    row = {"tokens_per_second": spread([r.num_tokens / r.total_seconds for r in records]), "shares": shares}
+    compared = [r.identical for r in records if r.identical is not None]
+    row["identical"] = f"{sum(compared)}/{len(compared)}" if compared else ""
+    cycles = [r for r in records if r.accepted]
+    if not cycles:
+        return row
+    total = sum(len(r.accepted) for r in cycles)
+    spent = {phase: sum(r.seconds[phase] for r in cycles) / total for phase in PHASES[1:]}
+    row["tau"] = sum(sum(r.accepted) + len(r.accepted) for r in cycles) / total
+    row["milliseconds_a_cycle"] = {phase: 1000 * seconds for phase, seconds in spent.items()}
+    row["floor_milliseconds"] = {phase: 1000 * seconds for phase, seconds in floor.items()}
+    row["over_floor"] = {phase: spent[phase] / seconds for phase, seconds in floor.items() if seconds}
+    row["bookkeeping_of_a_cycle"] = spent["bookkeeping"] / sum(spent.values())
+    return row
+
+
+def ratio(records: dict[str, list[Record]], first: str, second: str) -> dict[str, float]:
+    """Tokens per second of `first` over `second`, prompt by prompt."""
+    pairs = zip(records[first], records[second], strict=True)
+    return spread([a.num_tokens / a.total_seconds * b.total_seconds / b.num_tokens for a, b in pairs])
+
+
+def ask(benchmark: str, config, target, limit: int) -> list[Conversation]:
+    """First turns."""
+    config.limit = limit
+    prompts = load_prompts(benchmark, config, target)
+    return [Conversation(each.id, each.messages[:1], each.category) for each in prompts]
+
+
+def print_table(console: Console, benchmark: str, rows: dict[str, dict]) -> None:
+    columns = ("decoder", "tokens/s", "τ", *PHASES, "ms a cycle: draft, verify", "over floor", "identical")
+    table = Table(*columns, title=benchmark)
+    for name, row in rows.items():
+        speed = row["tokens_per_second"]
+        ours = "tau" in row
+        shares = [f"{row['shares'][phase]:.0%}" if ours else "–" for phase in PHASES]
+        cycle, over = row.get("milliseconds_a_cycle", {}), row.get("over_floor", {})
+        table.add_row(
+            name,
+            f"{speed['median']:.1f} [{speed['low']:.1f}, {speed['high']:.1f}]",
+            f"{row['tau']:.2f}" if ours else "–",
+            *shares,
+            ", ".join(f"{cycle[phase]:.1f}" for phase in ("draft", "verify")) if ours else "–",
+            ", ".join(f"{phase} {value:.2f}" for phase, value in sorted(over.items())) or "–",
+            row["identical"] or "–",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--draft", required=True, help="a run folder with a head")
+    parser.add_argument("--limit", type=int, default=8, help="prompts of each benchmark")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--tree", default="", help="nodes,depth,width instead of conf/decoding/dynamic_tree.yaml's")
+    parser.add_argument("--override", nargs="*", default=[], help="of conf/benchmark.yaml, such as target.compile=true")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    console = Console(width=170)
+    with initialize_config_dir(config_folder(), version_base="1.3"):
+        config = compose("benchmark", overrides=arguments.override)
+        target = instantiate(config.target)
+        (models,) = decoding_models(load_drafts([arguments.draft]), target).values()
+        chosen = compose("decoding/dynamic_tree").decoding
+        tree = DynamicTree(*map(int, arguments.tree.split(","))) if arguments.tree else instantiate(chosen)
+        decoders = {
+            "autoregressive": Autoregressive(), "chain": Chain(), "dynamic_tree": tree, "prompt_lookup": PromptLookup(),
+            **transformers_decoders(target),
+        }  # fmt: skip
+        names = PUBLIC if os.environ.get("HASS_LIGHTNING_DATA") else ("validation",)
+        prompts = {name: ask(name, config, target, arguments.limit) for name in names}
+    machine = rates(target.dtype)
+    sizes = {"autoregressive": (1, 0, 1), "chain": (4, 3, 1), "dynamic_tree": (tree.num_nodes, tree.depth, tree.width)}
+    sizes["prompt_lookup"] = (9, 0, 1)
+    result: dict = {"tokens_per_second": {}, "ratios": {}, "rows": {}}
+    for name in names:
+        grouped: dict[str, list[Record]] = defaultdict(list)
+        options = {"max_new_tokens": arguments.max_new_tokens, "benchmark": name, "keep_proposals": False}
+        for record in run_benchmark({"head": models}, decoders, prompts[name], **options):
+            grouped[record.decoder].append(record)
+        rows = {d: row_of(grouped[d], floors(models, machine, *sizes.get(d, (1, 0, 1)))) for d in decoders}
+        print_table(console, name, rows)
+        result["rows"][name] = rows
+        result["tokens_per_second"][name] = {d: row["tokens_per_second"]["median"] for d, row in rows.items()}
+        against = {f"{d}/autoregressive": ratio(grouped, d, "autoregressive") for d in ("chain", "dynamic_tree")}
+        against |= {f"autoregressive/{d}": ratio(grouped, "autoregressive", d) for d in decoders if d.startswith("hf_")}
+        result["ratios"][name] = against | {
+            "dynamic_tree/prompt_lookup": ratio(grouped, "dynamic_tree", "prompt_lookup"),
+            "dynamic_tree/hf_prompt_lookup": ratio(grouped, "dynamic_tree", "hf_prompt_lookup"),
+        }
+    result["machine"] = {
+        "gflops": machine["flops"] / 1e9, "copy_gb_per_second": machine["copy"] / 1e9,
+        "matrix_vector_gb_per_second": machine["matrix_vector"] / 1e9, "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(), "load": os.getloadavg()[0],
+        "dtype": str(target.dtype),
+    }  # fmt: skip
+    console.print(result["machine"])
+    print(json.dumps(rounded(result)))
+
+
+def rounded(value):
+    """Four significant digits in every number of a nested result."""
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()
