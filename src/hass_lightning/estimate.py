@@ -54,7 +54,7 @@ class Sizes:
             ValueError: a size is missing.
         """
         heads = config.get("num_attention_heads")
-        values = {"num_key_value_heads": heads} | {k: v for k, v in config.items() if v is not None}
+        values: dict[str, Any] = {"num_key_value_heads": heads} | {k: v for k, v in config.items() if v is not None}
         try:
             return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
         except TypeError as error:

@@ -95,7 +95,7 @@ def workload(config: DictConfig) -> Workload:
         num_tokens=tokens,
         num_rows=rows,
         epochs=epochs,
-        depth=int(depth) if isinstance(depth, int) else int(max(OmegaConf.to_container(depth).values())),
+        depth=int(depth) if isinstance(depth, int) else int(max(depth.values())),
         batch_tokens=int(min(longest, tokens)),
         processes=processes,
         draft_vocab=config.model.draft.vocab_size,
@@ -140,7 +140,7 @@ def plan_sweep(configs: Sequence[DictConfig], seconds: Sequence[float], num_done
 
 
 def _data_key(config: DictConfig) -> str:
-    content = {name: OmegaConf.to_container(config[name], resolve=False) for name in ("target", "data")}
+    content: dict[str, Any] = {name: OmegaConf.to_container(config[name], resolve=False) for name in ("target", "data")}
     for free in ("batch_size", "noise", "num_workers", "cache_dir"):
-        content["data"].pop(free, None)  # type: ignore[union-attr]
+        content["data"].pop(free, None)
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -59,7 +59,7 @@ class Chunk(Rows):
         leaves = [self.draft_features, self.draft_logits, *summaries, *(picked for _, picked in self._picked)]
         found = torch.autograd.grad(loss, leaves, allow_unused=True)
         of = {id(leaf): gradient for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None}
-        if id(self._lse) in of:
+        if id(self._lse) in of and self._sum is not None:
             total = self.scratch.mul_((of[id(self._lse)] / self._sum).unsqueeze(-1))
         else:
             total = self.scratch.zero_()

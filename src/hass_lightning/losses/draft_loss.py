@@ -121,7 +121,7 @@ class DraftLoss(nn.Module):
                 with torch.set_grad_enabled(with_gradient):
                     draft_logits = self._logits(vocabulary, leaf, wide)
                     ends = [x.detach().requires_grad_(with_gradient) for x in (leaf.to(wide), draft_logits)]
-                    seen = Chunk(*ends, target, number + 1, scratch=scratch[: len(leaf)])
+                    seen = Chunk(ends[0], ends[1], target, number + 1, scratch=scratch[: len(leaf)])
                     loss = torch.zeros((), device=device, dtype=wide)
                     for name, term in active.items():
                         value = term(seen).sum()

@@ -49,7 +49,10 @@ def predicted_rows(
         return []
     if path.exists():
         values = json.loads(path.read_text())
-        cost = CostModel(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        read: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        cost = CostModel(**read)
     else:
         chosen = sorted(set(trees.values()))
         try:

@@ -117,7 +117,7 @@ class LlamaStep:
                 layer.input_layernorm,
                 layer.post_attention_layernorm,
                 num_heads=config.num_attention_heads,
-                num_kv_heads=config.num_key_value_heads,
+                num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
             )
             for layer in self.base.layers
         ]

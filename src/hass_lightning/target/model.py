@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,7 @@ class TargetModel:
         self.config = model.config
         lm_head = model.get_output_embeddings()
         self.head = TargetHead(model.get_input_embeddings().weight, lm_head.weight, getattr(lm_head, "bias", None))
+        self._step: Callable[[Tensor, KVCache, Tensor, Tensor | None], Tensor]
         if LlamaStep.fits(model):
             self._step = LlamaStep(model)
         else:
@@ -296,7 +297,7 @@ class TargetModel:
         A draft head for this target is compiled, too (`SavedDraft.for_decoding`), so that a speedup compares like with
         like. Batches of ragged rows and the copy in fp32 stay as they are.
         """
-        step = self._step.__call__ if isinstance(self._step, LlamaStep) else self._step
+        step: Any = self._step.__call__ if isinstance(self._step, LlamaStep) else self._step
         self._cached_step, self.compiled = torch.compile(step, dynamic=True, backend=backend), True
 
     def _transformers_step(self, input_ids: Tensor, cache: KVCache, positions: Tensor, mask: Tensor | None) -> Tensor:

@@ -147,7 +147,7 @@ def log_results(
             table = wandb.Table(columns=["depth", "accept_rate", "survival"], data=depths)
             run.log(
                 {
-                    "decode/prompts": wandb.Table(columns=COLUMNS, data=rows),
+                    "decode/prompts": wandb.Table(columns=list(COLUMNS), data=rows),
                     "decode/accept_rate_by_depth": wandb.plot.line(table, "depth", "accept_rate", title="a_k by depth"),
                     "decode/survival_by_depth": wandb.plot.line(table, "depth", "survival", title="s_k by depth"),
                 }

@@ -158,7 +158,7 @@ def find_grid(cells: Sequence[StudyCell], baseline: int) -> Grid | None:
     home = cells[baseline].levels
     levels = {name: _ordered([cell.levels[name] for cell in cells], home[name]) for name in home}
     at = {tuple(repr(cell.levels[name]) for name in home): position for position, cell in enumerate(cells)}
-    left_out = []
+    left_out: list[str] = []
     while len([name for name in levels if len(levels[name]) > 1]) >= 2:
         wanted = list(product(*([repr(level) for level in levels[name]] for name in home)))
         missing = [combination for combination in wanted if combination not in at]

@@ -22,7 +22,7 @@ def _short(value: Any) -> str:
 
 
 def _code(a: StudyRun, b: StudyRun) -> str:
-    commits = [run.provenance.get("git_commit") for run in (a, b)]
+    commits: list[Any] = [run.provenance.get("git_commit") for run in (a, b)]
     if None in commits:
         found = "the commit is not known of both"
     elif commits[0] == commits[1]:
@@ -45,7 +45,7 @@ def _code(a: StudyRun, b: StudyRun) -> str:
 
 
 def _data(a: StudyRun, b: StudyRun) -> str:
-    keys = [run.provenance.get("features") for run in (a, b)]
+    keys: list[Any] = [run.provenance.get("features") for run in (a, b)]
     if not all(keys):
         return "not recorded of both"
     changed = [f"{split} {one} → {other}" for split, (one, other) in differing(keys).items()]
