@@ -207,7 +207,10 @@ def flip_a_byte(content):
     return content
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, lambda content: content[:-1000], lambda content: b""], ids=str)
+DAMAGES = {"a byte": flip_a_byte, "cut": lambda content: content[:-1000], "empty": lambda content: b""}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(whole, tmp_path, caplog, damage):
     _, _, folder, _ = whole
     for step, name in (("4", "last.ckpt.old"), ("5", "last.ckpt")):
