@@ -95,7 +95,7 @@ def workload(config: DictConfig) -> Workload:
         num_tokens=tokens,
         num_rows=rows,
         epochs=epochs,
-        depth=int(depth) if isinstance(depth, int) else int(max(depth.values())),
+        depth=int(depth if isinstance(depth, int) else max(v for v in depth.values() if isinstance(v, int))),
         batch_tokens=int(min(longest, tokens)),
         processes=processes,
         draft_vocab=config.model.draft.vocab_size,
@@ -140,7 +140,7 @@ def plan_sweep(configs: Sequence[DictConfig], seconds: Sequence[float], num_done
 
 
 def _data_key(config: DictConfig) -> str:
-    content: dict[str, Any] = {name: OmegaConf.to_container(config[name], resolve=False) for name in ("target", "data")}
-    for free in ("batch_size", "noise", "num_workers", "cache_dir"):
-        content["data"].pop(free, None)
+    free = ("batch_size", "noise", "num_workers", "cache_dir", "seed")
+    data = OmegaConf.masked_copy(config.data, [key for key in config.data if key not in free])
+    content = [OmegaConf.to_container(node, resolve=False) for node in (config.target, data)]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
