@@ -151,6 +151,7 @@ def print_table(console: Console, benchmark: str, rows: dict[str, dict]) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draft", required=True, help="a run folder with a head")
+    parser.add_argument("--benchmarks", nargs="*", help="names in conf/benchmark, instead of what is said above")
     parser.add_argument("--limit", type=int, default=8, help="prompts of each benchmark")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
@@ -170,7 +171,7 @@ def main() -> None:
             "autoregressive": Autoregressive(), "chain": Chain(), "dynamic_tree": tree, "prompt_lookup": PromptLookup(),
             **transformers_decoders(target),
         }  # fmt: skip
-        names = PUBLIC if os.environ.get("HASS_LIGHTNING_DATA") else ("validation",)
+        names = arguments.benchmarks or (PUBLIC if os.environ.get("HASS_LIGHTNING_DATA") else ("validation",))
         prompts = {name: ask(name, config, target, arguments.limit) for name in names}
     machine = rates(target.dtype)
     sizes = {"autoregressive": (1, 0, 1), "chain": (4, 3, 1), "dynamic_tree": (tree.num_nodes, tree.depth, tree.width)}

@@ -1,10 +1,10 @@
 """Linear layers for the few rows of a decoding step, where a CPU's usual kernel is slow.
 
 On CPUs without AVX-512, MKL multiplies 2 … 64 rows in fp32 at a fraction of the memory's speed, for it re-packs the
-whole weight at every call. oneDNN keeps a packed copy (as torch's inductor does when it freezes a model), for twice the
-memory of the weights, and is fastest as a 1 × 1 convolution whose pixels are the rows: rows and results are not copied.
-One row takes the library's kernel and a weight stored inputs first (benchmarks/few_rows.md). Everything that decodes
-goes through here, the autoregressive baseline too.
+whole weight at every call. oneDNN keeps a packed copy (as torch's inductor does when it freezes a model): 8 tokens cost
+0.6 of it (benchmarks/few_rows.md), for twice the memory of the weights. One row is at the memory's speed with the
+library's kernel and a weight stored inputs first. Everything that decodes goes through here, the autoregressive
+baseline too.
 Shapes: R rows, I inputs, O outputs.
 """
 
@@ -46,10 +46,8 @@ def _packed_copy(weight: Tensor) -> Tensor:
     version = 0 if weight.is_inference() else weight._version
     known = _packed.get(weight)
     if known is None or known[0] != version:  # new, or written to since
-        kernel = weight.detach()[:, :, None, None].contiguous()
-        usual = [1, weight.shape[1], 1, 8]  # pixels that the order is chosen for
-        copy = torch.ops.mkldnn._reorder_convolution_weight(kernel, [0, 0], [1, 1], [1, 1], 1, usual)
-        known = _packed[weight] = (version, copy)
+        plain = weight.detach().contiguous()
+        known = _packed[weight] = (version, torch.ops.mkldnn._reorder_linear_weight(plain, 8))
     return known[1]
 
 
@@ -57,10 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x Wᵀ + b`: [..., I] and [O, I] to [..., O], as `F.linear` up to rounding."""
     if not takes_few_rows(x, weight):
         return F.linear(x, weight, bias)
-    pixels = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, I, 1, R], channels last
-    packed = _packed_copy(weight)
-    product = torch.ops.mkldnn._convolution_pointwise(pixels, packed, bias, [0, 0], [1, 1], [1, 1], 1, "none", [], "")
-    return product.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    return torch.ops.mkldnn._linear_pointwise(x, _packed_copy(weight), bias, "none", [], "")
 
 
 class FewRowLinear(nn.Linear):
