@@ -14,6 +14,7 @@ from hass_lightning.measure import records
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CONF = Path(config_folder())
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
@@ -62,9 +63,13 @@ def test_the_commands_of_the_docs_compose_with_the_tiny_target():
             program, overrides = next(every_choice(line))  # the cells of a sweep differ in values alone
             name = program.removeprefix("hass-")
             try:
-                if "target" in compose(name, overrides=overrides):
-                    others = [override for override in overrides if not override.startswith("target=")]
-                    assert compose(name, overrides=[*others, "target=tiny"]).target.name
+                takes_target = re.search(
+                    r"^  - (target|train)\b", (CONF / f"{name}.yaml").read_text(), flags=re.MULTILINE
+                )
+                targets = [word.removeprefix("target=") for word in overrides if word.startswith("target=")]
+                assert all((CONF / "target" / f"{target}.yaml").exists() for target in targets)
+                others = [word for word in overrides if not word.startswith("target=")]
+                assert compose(name, overrides=[*others, *(["target=tiny"] if takes_target else [])])
             except Exception as error:
                 broken[line] = error
     assert not broken

@@ -70,7 +70,7 @@ class LastCheckpoint(Checkpoint):
         self._received, self._saved_step = 0, -1  # the signal that asked for the end, if one did
         self._previous: dict[int, Any] = {}  # the handlers that were there before
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Take over SIGINT and SIGTERM (from Lightning, whose handler broadcasts in the middle of a step)."""
         self._received = 0
         if threading.current_thread() is threading.main_thread():
