@@ -124,7 +124,10 @@ def ratio(records: dict[str, list[Record]], first: str, second: str) -> dict[str
 def ask(benchmark: str, config, target, limit: int) -> list[Conversation]:
     """First turns."""
     config.limit = limit
-    prompts = load_prompts(benchmark, config, target)
+    if benchmark == "validation":
+        prompts = load_prompts(benchmark, config, target)
+    else:
+        prompts = instantiate(compose(f"benchmark/{benchmark}").benchmark, limit=limit).load()
     return [Conversation(each.id, each.messages[:1], each.category) for each in prompts]
 
 
