@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "hass_lightning"
 MODULES = sorted(SOURCE.rglob("*.py"))
 COMMANDS = {
     "train.py", "prepare.py", "benchmark.py", "report_command.py", "export.py", "import_head.py", "doctor.py", "cli.py",
-    "provenance.py",
+    "provenance.py", "planning.py",
 }  # fmt: skip
 
 

@@ -63,7 +63,7 @@ from hass_lightning.target.model import TargetModel
 from hass_lightning.train import make_trainer
 from hass_lightning.training.module import HassModule
 from hass_lightning.training.strategy import check_trainer_config
-from hass_lightning.types import Conversation
+from hass_lightning.types import Conversation, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,11 @@ def examine_data(config: DictConfig, data: FeatureDataModule, console: Console) 
     tokenizer, ends = target.tokenizer, target.eos_token_ids
     train, validation = split_validation(data.source.load(target), data.num_validation)
     sample = random.Random(config.seed).sample(train, min(config.num_samples, len(train)))
-    found = survey(sample, lambda conversation: encode_conversation(tokenizer, conversation, 10**9, ends))
+
+    def encode(conversation: Conversation) -> Tokens:
+        return encode_conversation(tokenizer, conversation, 10**9, ends, data.last_turn_only)
+
+    found = survey(sample, lambda conversation: encode(conversation))
     if found.encoded:
         console.rule("what the head learns (green)")
         console.print(preview(tokenizer, found.encoded[0][1]))
@@ -185,7 +189,7 @@ def examine_model(config: DictConfig, data: FeatureDataModule, seen: Examination
     num_parameters = sum(parameter.numel() for parameter in draft.parameters())
     run_dir = Path(config.paths.run_dir)
     seen.stage("disk", lambda: check_disk(target, num_tokens, num_parameters, data.cache_dir, run_dir))
-    features = seen.stage("features", lambda: check_features(target, train, data.cache_dir))
+    features = seen.stage("features", lambda: check_features(target, train, data.cache_dir, data.eight_bit_cache))
     batch = longest_batch(target, train, data.batch_size)
     probed = seen.stage("probe_step", lambda: probe_step(module, trainer, batch, device))
     if probed and probed[1] and features:

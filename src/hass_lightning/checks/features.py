@@ -22,9 +22,11 @@ SHARD_SIZE = 256  # sequences a shard, as in extract_features
 TOLERANCE = 0.05  # relative; bf16 batched against bf16 alone, or 8 bits against bf16, stay below 0.02
 
 
-def cached_shard(target: TargetModel, tokens: Sequence[Tokens], cache_dir: str | Path | None) -> FeatureStore | None:
+def cached_shard(
+    target: TargetModel, tokens: Sequence[Tokens], cache_dir: str | Path | None, eight_bit: bool = False
+) -> FeatureStore | None:
     """The sequences of the first finished shard of these tokens; None where nothing was extracted yet."""
-    folder = Path(cache_dir or cache_root()) / "features" / feature_key(target, tokens, SHARD_SIZE)
+    folder = Path(cache_dir or cache_root()) / "features" / feature_key(target, tokens, SHARD_SIZE, eight_bit)
     if not (folder / "shard-00000.safetensors").exists():
         return None
     sequences, first = [], 0
@@ -35,7 +37,11 @@ def cached_shard(target: TargetModel, tokens: Sequence[Tokens], cache_dir: str |
 
 
 def check_features(
-    target: TargetModel, tokens: Sequence[Tokens], cache_dir: str | Path | None, num_sequences: int = 4
+    target: TargetModel,
+    tokens: Sequence[Tokens],
+    cache_dir: str | Path | None,
+    eight_bit: bool = False,
+    num_sequences: int = 4,
 ) -> tuple[Finding, float]:
     """Compare stored features with the target's, one sequence at a time, and time the target.
 
@@ -45,7 +51,7 @@ def check_features(
     Returns:
         (the finding, the target's tokens per second).
     """
-    store = cached_shard(target, tokens, cache_dir)
+    store = cached_shard(target, tokens, cache_dir, eight_bit)
     if store is not None:
         chosen = torch.linspace(0, len(store) - 1, min(num_sequences, len(store))).long().tolist()
         return _compare(
