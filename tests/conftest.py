@@ -24,6 +24,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from command_environment import command_environment
+
 torch.set_num_threads(1)
 
 
@@ -61,12 +63,6 @@ def silent_server():
     """The address of a loopback server that takes connections and never replies."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
-def command_environment(folder, cache, **more):
-    """The environment of a command that writes below `folder`."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "COV"))}
-    return environment | {"HASS_LIGHTNING_ROOT": str(folder), "HASS_LIGHTNING_CACHE": str(cache)} | more
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from command_environment import command_environment
+
 SMOKE = ("experiment=smoke", "logger=csv")
 DECODE_LITTLE = ("callbacks.decoding.num_prompts=1", "callbacks.decoding.num_checked=1")
 RESULT_KEYS = {
@@ -42,8 +44,6 @@ def smoke(tmp_path_factory, cache_dir):
     import subprocess
     import sys
     from types import SimpleNamespace
-
-    from conftest import command_environment
 
     folder = tmp_path_factory.mktemp("smoke")
     done = subprocess.run(
@@ -339,8 +339,6 @@ def uninterrupted(tmp_path_factory, cache_dir):
     """The result and the head of the longer run that nothing interrupts."""
     import subprocess
     import sys
-
-    from conftest import command_environment
 
     root, cache = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cache")
     command = [sys.executable, "-m", "hass_lightning.train", *LONGER]

@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from command_environment import command_environment
 from hass_lightning.ledger import REQUEUE_EXIT_CODE, Ledger
 from hass_lightning.provenance import refuse_other_config
 from hass_lightning.training.wandb_logging import offline_without_server
@@ -151,8 +152,6 @@ def straight(tmp_path_factory, cache_dir):
     """Uninterrupted runs over the same global batches, started when asked for."""
     import subprocess
     import sys
-
-    from conftest import command_environment
 
     found = {}
 

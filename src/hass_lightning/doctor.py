@@ -140,7 +140,7 @@ def examine_data(config: DictConfig, data: FeatureDataModule, console: Console) 
     def encode(conversation: Conversation) -> Tokens:
         return encode_conversation(tokenizer, conversation, 10**9, ends, data.last_turn_only)
 
-    found = survey(sample, lambda conversation: encode(conversation))
+    found = survey(sample, encode)
     if found.encoded:
         console.rule("what the head learns (green)")
         console.print(preview(tokenizer, found.encoded[0][1]))

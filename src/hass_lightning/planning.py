@@ -13,7 +13,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from hass_lightning.data.tokens import encode_all
+from hass_lightning.data.tokens import encode_all, load_tokenizer
 from hass_lightning.estimate import DEVICES, Sizes, Workload, plan
 from hass_lightning.target.model import resolve_dtype, working_dtype
 from hass_lightning.target.source import hub_folder
@@ -69,10 +69,8 @@ def count_tokens(config: DictConfig) -> tuple[int, int]:
     if "num_questions" in source:
         rows = source.num_questions * source.answer_max_tokens
         return rows + source.num_questions * source.question_max_tokens, rows
-    from transformers import AutoTokenizer
-
     conversations = instantiate(source).load(None)  # no other source looks at the target
-    tokenizer = AutoTokenizer.from_pretrained(_folder(config.target), local_files_only=True)
+    tokenizer = load_tokenizer(_folder(config.target))
     tokens = encode_all(tokenizer, conversations, data.max_length)
     return sum(map(len, tokens)), sum(int(sequence.loss_mask.sum()) for sequence in tokens)
 

@@ -112,13 +112,14 @@ def features(tmp_path_factory):
 
 
 class Stops(L.Callback):
-    """Something happens at a step: at the end of its batch, or in its validation."""
+    """Something happens once at a step: at the start of its first batch, or in its validation."""
 
     def __init__(self, action, at=4, in_validation=False):
-        self.action, self.at, self.in_validation = action, at, in_validation
+        self.action, self.at, self.in_validation, self.done = action, at, in_validation, False
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if not self.in_validation and trainer.global_step == self.at:
+        if not self.in_validation and trainer.global_step == self.at and not self.done:
+            self.done = True
             self.action()
 
     def on_validation_start(self, trainer, pl_module):

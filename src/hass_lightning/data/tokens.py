@@ -9,6 +9,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,13 @@ log = logging.getLogger(__name__)
 def as_dicts(messages: Iterable[Message]) -> list[dict[str, str]]:
     """Messages in the shape chat templates take."""
     return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a model folder, without its model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def check_template(tokenizer) -> None:
