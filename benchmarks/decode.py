@@ -159,7 +159,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     parser.add_argument("--tree", default="", help="nodes,depth,width instead of conf/decoding/dynamic_tree.yaml's")
-    parser.add_argument("--override", nargs="*", default=[], help="of conf/benchmark.yaml, such as target.compile=true")
+    parser.add_argument(
+        "--override", nargs="*", default=[], help="of conf/benchmark.yaml, such as target.dtype=bfloat16"
+    )
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

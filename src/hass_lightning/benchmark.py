@@ -203,7 +203,7 @@ def decoding_models(
     return {
         label: DecodingModels(
             target,
-            draft.for_decoding(target.dtype, target.device, target.compiled),
+            draft.for_decoding(target.dtype, target.device),
             target.head.draft_vocabulary(draft.token_ids),
             small,
         )

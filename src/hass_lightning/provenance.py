@@ -90,7 +90,7 @@ def refuse_other_config(run_dir: Path, config: DictConfig, begun: bool) -> None:
     Raises:
         ValueError: naming the keys that changed, with their old and new values.
     """
-    file, now = run_dir / "config.json", _leaves(config)
+    file, now = run_dir / "resume_config.json", _leaves(config)
     if begun and file.exists():
         before = json.loads(file.read_text())
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
@@ -101,7 +101,7 @@ def refuse_other_config(run_dir: Path, config: DictConfig, begun: bool) -> None:
                 f"with fresh=true, or take another folder with name=…. Only these may change: {', '.join(MAY_CHANGE)}."
             )
     run_dir.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(".config.json")
+    aside = file.with_name(".resume_config.json")
     aside.write_text(json.dumps(now, indent=2, default=str) + "\n")
     aside.replace(file)
 

@@ -32,11 +32,11 @@ class SavedDraft:
     token_ids: Tensor | None
     notes: dict[str, Any]
 
-    def for_decoding(self, dtype: torch.dtype, device: torch.device | str, compile: bool = False) -> EagleDraft:
-        """A copy of the head in the target's dtype, on its device, compiled where the target is (`target.compiled`)."""
+    def for_decoding(self, dtype: torch.dtype, device: torch.device | str) -> EagleDraft:
+        """A copy of the head in the target's dtype, on its device."""
         copy = deepcopy(self.draft).to(device=device, dtype=dtype).eval().requires_grad_(False)
         use_few_row_linears(copy)
-        copy.join_layer(compile)
+        copy.join_layer()
         return copy
 
     def check_fit(self, label: str, target: TargetModel) -> None:

@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, D hidden (types.py has the legend). A *row* t pairs t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -66,7 +65,7 @@ class EagleDraft(nn.Module):
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=fc_bias)
         self.layers = nn.ModuleList([DraftLayer(config)])
         self.rotary = RotaryAngles(config)
-        self.joined: Callable[..., Tensor] | None = None  # the layer as decoding runs it (join_layer)
+        self.joined: LlamaLayer | None = None  # the layer as decoding runs it (join_layer)
 
     @classmethod
     def from_target(
@@ -120,12 +119,11 @@ class EagleDraft(nn.Module):
         group_size = self.layer.self_attn.num_heads // self.layer.self_attn.num_kv_heads
         return self.joined(u, rotary, additive(mask, group_size, u.dtype), cache, 0)
 
-    def join_layer(self, compile: bool = False) -> None:
+    def join_layer(self) -> None:
         """Decode with `LlamaLayer` from now on: for a frozen head that stays in its dtype, on its device."""
         attention, mlp, norm = self.layer.self_attn, self.layer.mlp, self.layer.post_attention_layernorm
         heads = {"num_heads": attention.num_heads, "num_kv_heads": attention.num_kv_heads}
-        layer = LlamaLayer(attention, mlp, None, norm, **heads)
-        self.joined = torch.compile(layer.__call__, dynamic=True) if compile else layer
+        self.joined = LlamaLayer(attention, mlp, None, norm, **heads)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `capacity` rows."""

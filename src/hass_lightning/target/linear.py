@@ -33,7 +33,7 @@ def takes_few_rows(x: Tensor, weight: Tensor) -> bool:
         return False
     if num_rows == 1 and (weight.shape[0] <= weight.shape[1] or not weight.is_contiguous()):
         return False  # the library's kernel is at the memory's speed
-    return not torch.compiler.is_compiling() and few_rows_matter(x, weight)
+    return few_rows_matter(x, weight)
 
 
 def inputs_first(weight: Tensor) -> Tensor:

@@ -118,7 +118,6 @@ class TargetModel:
         else:
             use_few_row_linears(model)
             self._step = self._transformers_step
-        self._cached_step, self.compiled = self._step, False
 
     @classmethod
     def load(
@@ -135,7 +134,6 @@ class TargetModel:
         device_map: str | Mapping[str, Any] | None = None,
         sizes: Mapping[str, Any] | None = None,
         head_only: bool = False,
-        compile: bool = False,
     ) -> TargetModel:
         """Read a target from a folder or a hub id.
 
@@ -149,7 +147,6 @@ class TargetModel:
                 for a target that fits none of them; for extraction, slow to decode with. `device` is then not used.
             head_only: read embedding and LM head alone: all that training on features already extracted needs.
             sizes: what its config.json must say; `plan=true` computes with it before the model is there.
-            compile: see `compile`.
 
         Raises:
             ValueError: the model cannot be found or read; the message names the cure.
@@ -200,10 +197,7 @@ class TargetModel:
                 "target.device_map leaves the embedding or the LM head on the disk, but the draft head needs them in "
                 "memory: name a device for embed_tokens and lm_head in target.device_map."
             )
-        target = cls(model, tokenizer, name, folder, template)
-        if compile:
-            target.compile()
-        return target
+        return cls(model, tokenizer, name, folder, template)
 
     @property
     def device(self) -> torch.device:
@@ -288,17 +282,7 @@ class TargetModel:
         self._need_layers()
         if positions is None:
             positions = torch.arange(cache.length, cache.length + input_ids.shape[1], device=self.device)[None]
-        step = self._step if cache.length == 0 else self._cached_step
-        return step(input_ids, cache, positions, mask)
-
-    def compile(self, backend: str = "inductor") -> None:
-        """Run `torch.compile` over what follows a prefill, at the first forward of each number of tokens.
-
-        A draft head for this target is compiled, too (`SavedDraft.for_decoding`), so that a speedup compares like with
-        like. Batches of ragged rows and the copy in fp32 stay as they are.
-        """
-        step: Any = self._step.__call__ if isinstance(self._step, LlamaStep) else self._step
-        self._cached_step, self.compiled = torch.compile(step, dynamic=True, backend=backend), True
+        return self._step(input_ids, cache, positions, mask)
 
     def _transformers_step(self, input_ids: Tensor, cache: KVCache, positions: Tensor, mask: Tensor | None) -> Tensor:
         """The same for any causal LM, by transformers."""

@@ -153,7 +153,7 @@ class DecodingBenchmark(L.Callback):
 
         def models(dtype: torch.dtype, frozen: TargetModel) -> DecodingModels:
             vocabulary = frozen.head.draft_vocabulary(saved.token_ids)
-            return DecodingModels(frozen, saved.for_decoding(dtype, frozen.device, frozen.compiled), vocabulary)
+            return DecodingModels(frozen, saved.for_decoding(dtype, frozen.device), vocabulary)
 
         fp32 = None
         if check and self.num_checked:
