@@ -21,7 +21,7 @@ from pathlib import Path
 
 OVERRIDES = (
     "experiment=smoke", "logger=csv", "callbacks.decoding=null", "data.batch_size=4", "trainer.max_epochs=null",
-    "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false",
+    "trainer.log_every_n_steps=1", "callbacks.progress=null",
 )  # fmt: skip
 COUNTER = "cat /sys/class/net/lo/statistics/tx_bytes"
 
