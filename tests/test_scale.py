@@ -257,7 +257,7 @@ def test_a_nan_in_one_rank_ends_all_with_its_cause(start_command, tmp_path):
     _, err = process.communicate(timeout=180)
     assert process.returncode not in (0, REQUEUE_EXIT_CODE)
     assert "error: the loss is not finite at step" in err, err[-3000:]
-    assert "mine/step1" in json.loads(result.read_text())["error"]  # what the ledger will say
+    assert "terms: mine/step" in json.loads(result.read_text())["error"]  # what the ledger will say
 
 
 def by_torchrun(rank):
