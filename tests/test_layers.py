@@ -98,3 +98,9 @@ def test_the_core_works_without_lightning_hydra_and_wandb():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_every_job_of_a_sweep_imports_first_is_light():
+    code = "import sys, hass_lightning.cli; print({'torch', 'transformers', 'lightning'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

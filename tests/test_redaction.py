@@ -9,9 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from hass_lightning.cli import run_name
+from hass_lightning.names import safe_name
 from hass_lightning.provenance import plain, write_provenance
 from hass_lightning.redaction import RedactingFilter, find_secrets, redact, redacted
-from hass_lightning.target.source import safe_name
 
 SOURCE = Path(__file__).parents[1] / "src"
 PLANTED = "hf_" + "Ab3" * 11

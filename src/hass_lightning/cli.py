@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hass_lightning.ledger import REQUEUE_EXIT_CODE, RESULT_FILE_VARIABLE
+from hass_lightning.names import safe_name
 from hass_lightning.redaction import RedactingFilter, redact
-from hass_lightning.target.source import safe_name
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from hass_lightning import draft
 from hass_lightning.cli import command
-from hass_lightning.target.source import safe_name
+from hass_lightning.names import safe_name
 
 
 @command("import")

@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from typing import Any
 
 import platformdirs
 from filelock import FileLock
+
+from hass_lightning.names import safe_name
 
 log = logging.getLogger(__name__)
 CONVERTER = "2"  # raise it when the conversion below changes, so that old cache folders are not used
@@ -42,11 +43,6 @@ def _sha256(file) -> str:
     while block := file.read(1 << 22):
         digest.update(block)
     return digest.hexdigest()
-
-
-def safe_name(name: str) -> str:
-    """A name from outside as one file name: no separator, no leading dot, no control character."""
-    return re.sub(r"[^\w.+=-]+", "_", name).lstrip(".") or "unnamed"
 
 
 def local_path(path: str) -> Path:
