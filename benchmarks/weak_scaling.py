@@ -44,7 +44,7 @@ def run(strategy: str, num_processes: int, steps: int, folder: Path) -> tuple[in
     (run_dir,) = (folder / "runs").glob(f"{strategy}-{num_processes}-{steps}*")
     if not (run_dir / "trained").exists():
         raise RuntimeError(done.stderr[-3000:])
-    return int(done.stdout.split()[-1]), json.loads((run_dir / "train_seconds.json").read_text())["seconds"]
+    return int(done.stdout.split()[-1]), json.loads((run_dir / "train_seconds.json").read_text())["train_seconds"]
 
 
 def measure(strategy: str, num_processes: int, steps: int, folder: Path) -> dict[str, float]:

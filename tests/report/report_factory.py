@@ -106,5 +106,5 @@ def write_run(folder: Path, num_steps: int = 100, depth: int = 3) -> Path:
     (folder / "provenance.json").write_text(
         json.dumps({"argv": ["hass-train", "data.path=/home/someone/q.jsonl"], "versions": {"torch": "2.9", "w": None}})
     )
-    (folder / "train_seconds.json").write_text('{"seconds": 90}')
+    (folder / "train_seconds.json").write_text('{"train_seconds": 90}')
     return folder

@@ -49,7 +49,7 @@ def run_report(
     """
     run_dir = Path(run_dir)
     curves = read_curves(run_dir)
-    seconds = read_json(run_dir / "train_seconds.json").get("seconds")
+    seconds = read_json(run_dir / "train_seconds.json").get("train_seconds")
     page = Page(f"Run {run_dir.resolve().name}", subtitle(records), headline_tiles(rows, seconds), headline_note(rows))
     if rows:
         table = plain_table(rows)
