@@ -60,8 +60,7 @@ from hass_lightning.cli import command, user_error
 from hass_lightning.data.datamodule import FeatureDataModule, split_validation
 from hass_lightning.data.tokens import encode_conversation
 from hass_lightning.target.model import TargetModel
-from hass_lightning.train import make_trainer
-from hass_lightning.training.module import HassModule
+from hass_lightning.train import build_module, make_trainer
 from hass_lightning.training.strategy import check_trainer_config
 from hass_lightning.types import Conversation, Tokens
 
@@ -201,16 +200,6 @@ def examine_model(config: DictConfig, data: FeatureDataModule, seen: Examination
         with tempfile.TemporaryDirectory() as folder:
             fresh = build_module(config, data)[0]
             seen.stage("overfit", lambda: check_overfit(target, fresh, questions, Path(folder), config.overfit_steps))
-
-
-def build_module(config: DictConfig, data: FeatureDataModule) -> tuple[HassModule, float | None]:
-    """The composed LightningModule with a fresh head, and the share of answers that a pruned vocabulary covers."""
-    draft = instantiate(config.model.draft)(data.target.config)
-    token_ids, coverage = None, None
-    if draft.vocab_size is not None:
-        token_ids, coverage = data.most_frequent_tokens(draft.vocab_size)
-    node = OmegaConf.masked_copy(config.model, [key for key in config.model if key != "draft"])
-    return instantiate(node)(draft=draft, head=data.target.head, token_ids=token_ids), coverage
 
 
 if __name__ == "__main__":

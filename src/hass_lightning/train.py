@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 import time
 import warnings
@@ -106,18 +105,15 @@ def fit(
     if (run_dir / "trained").exists():
         return spent
     target = data.target
-    draft = instantiate(config.model.draft)(target.config)
-    token_ids = None
-    if draft.vocab_size is not None:
-        token_ids, coverage = data.most_frequent_tokens(draft.vocab_size)
+    # module and trainer first: a wrong value is refused before the features are extracted
+    module, coverage = build_module(config, data)
+    draft = module.draft
+    if coverage is not None:
         log.info("draft vocabulary: %d of %d tokens cover %.2f %% of the training answers",
                  draft.vocab_size, target.head.vocab_size, 100 * coverage)  # fmt: skip
-    # module and trainer first: a wrong value is refused before the features are extracted
-    node = OmegaConf.masked_copy(config.model, [key for key in config.model if key != "draft"])
-    module = instantiate(node)(draft=draft, head=target.head, token_ids=token_ids)
     trainer = make_trainer(config, data, callbacks, loggers, module)
     store, _ = data.stores()  # before any process group waits: another process of this run waits at the file lock
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the trainer does not know its rank yet
+    if is_first_process():  # the trainer does not know its rank yet
         keys = write_feature_manifest(run_dir / "features.json", target, data.tokens(), data.stores())
         add_provenance(run_dir, features=keys)
     last = config.ckpt_path or find_last_checkpoint(run_dir / "checkpoints")
@@ -156,6 +152,16 @@ def fit(
     if trainer.is_global_zero:
         (run_dir / "trained").touch()
     return spent
+
+
+def build_module(config: DictConfig, data: FeatureDataModule) -> tuple[HassModule, float | None]:
+    """The composed LightningModule with a fresh head, and the share of answers that a pruned vocabulary covers."""
+    draft = instantiate(config.model.draft)(data.target.config)
+    token_ids, coverage = None, None
+    if draft.vocab_size is not None:
+        token_ids, coverage = data.most_frequent_tokens(draft.vocab_size)
+    node = OmegaConf.masked_copy(config.model, [key for key in config.model if key != "draft"])
+    return instantiate(node)(draft=draft, head=data.target.head, token_ids=token_ids), coverage
 
 
 def make_trainer(

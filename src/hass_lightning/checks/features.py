@@ -13,27 +13,11 @@ from pathlib import Path
 import torch
 
 from hass_lightning.checks.finding import Finding, error, ok
-from hass_lightning.data.features import FeatureStore, extract_features, feature_key
+from hass_lightning.data.features import FeatureStore, extract_features, first_cached_shard
 from hass_lightning.target.model import TargetModel
-from hass_lightning.target.source import cache_root
 from hass_lightning.types import Tokens
 
-SHARD_SIZE = 256  # sequences a shard, as in extract_features
 TOLERANCE = 0.05  # relative; bf16 batched against bf16 alone, or 8 bits against bf16, stay below 0.02
-
-
-def cached_shard(
-    target: TargetModel, tokens: Sequence[Tokens], cache_dir: str | Path | None, eight_bit: bool = False
-) -> FeatureStore | None:
-    """The sequences of the first finished shard of these tokens; None where nothing was extracted yet."""
-    folder = Path(cache_dir or cache_root()) / "features" / feature_key(target, tokens, SHARD_SIZE, eight_bit)
-    if not (folder / "shard-00000.safetensors").exists():
-        return None
-    sequences, first = [], 0
-    for sequence in tokens[:SHARD_SIZE]:
-        sequences.append(("shard-00000.safetensors", first, len(sequence)))
-        first += len(sequence)
-    return FeatureStore(folder, tuple(sequences), tuple(sequence.id for sequence in tokens[:SHARD_SIZE]))
 
 
 def check_features(
@@ -51,7 +35,7 @@ def check_features(
     Returns:
         (the finding, the target's tokens per second).
     """
-    store = cached_shard(target, tokens, cache_dir, eight_bit)
+    store = first_cached_shard(target, tokens, cache_dir, eight_bit)
     if store is not None:
         chosen = torch.linspace(0, len(store) - 1, min(num_sequences, len(store))).long().tolist()
         return _compare(

@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 LAYOUT = "1"  # raise it when the stored content changes
 
 
+SHARD_SIZE = 256  # sequences a shard
+
+
 def feature_key(target: TargetModel, tokens: Sequence[Tokens], shard_size: int, eight_bit: bool = False) -> str:
     """Content hash of what the shards depend on: target, dtype, tokens, masks, sequences a shard, layout."""
     stored = f"{target.dtype}:int8" if eight_bit else f"{target.dtype}"
@@ -131,7 +134,7 @@ def extract_features(
     target: TargetModel,
     tokens: Sequence[Tokens],
     cache_dir: str | Path | None = None,
-    shard_size: int = 256,
+    shard_size: int = SHARD_SIZE,
     batch_tokens: int = 4096,
     name: str = "features",
     eight_bit: bool = False,
@@ -145,7 +148,7 @@ def extract_features(
     Raises:
         ValueError: not enough disk.
     """
-    folder = Path(cache_dir or cache_root()) / "features" / feature_key(target, tokens, shard_size, eight_bit)
+    folder = _folder(target, tokens, cache_dir, shard_size, eight_bit)
     folder.mkdir(parents=True, exist_ok=True)
     shards = [tokens[start : start + shard_size] for start in range(0, len(tokens), shard_size)]
     os.utime(folder)  # when it was used last (feature_sets.py)
@@ -168,6 +171,27 @@ def extract_features(
                     _write_shard(folder, number, tensors, note)
     else:
         log.info("%s: reusing %s", name, folder)
+    return _stored(folder, shards, target.dtype)
+
+
+def first_cached_shard(
+    target: TargetModel, tokens: Sequence[Tokens], cache_dir: str | Path | None = None, eight_bit: bool = False
+) -> FeatureStore | None:
+    """The sequences of the first shard that `extract_features` left of these tokens; None where it left none."""
+    folder = _folder(target, tokens, cache_dir, SHARD_SIZE, eight_bit)
+    if not (folder / _shard_name(0)).exists():
+        return None
+    return _stored(folder, [tokens[:SHARD_SIZE]], target.dtype)
+
+
+def _folder(
+    target: TargetModel, tokens: Sequence[Tokens], cache_dir: str | Path | None, shard_size: int, eight_bit: bool
+) -> Path:
+    return Path(cache_dir or cache_root()) / "features" / feature_key(target, tokens, shard_size, eight_bit)
+
+
+def _stored(folder: Path, shards: Sequence[Sequence[Tokens]], dtype: torch.dtype) -> FeatureStore:
+    """Where each sequence of the shards begins."""
     sequences, ids = [], []
     for number, shard in enumerate(shards):
         first = 0
@@ -175,7 +199,7 @@ def extract_features(
             sequences.append((_shard_name(number), first, len(sequence)))
             ids.append(sequence.id)
             first += len(sequence)
-    return FeatureStore(folder, tuple(sequences), tuple(ids), target.dtype)
+    return FeatureStore(folder, tuple(sequences), tuple(ids), dtype)
 
 
 def _shard_name(number: int) -> str:

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hass_lightning.data.features import feature_key
+from hass_lightning.data.features import SHARD_SIZE, feature_key
 from hass_lightning.target.model import TargetModel
 from hass_lightning.types import Tokens
-
-SHARD_SIZE = 256  # a key holds whatever the shards' size is; this one only makes it comparable
 
 
 def write_feature_manifest(
