@@ -46,6 +46,8 @@ ROW_KEYS = (
 def main(config: DictConfig) -> dict[str, Any]:
     """Measure saved heads; the records, tables and the report are in the run folder."""
     output_dir = Path(config.paths.run_dir)
+    if config.tune and config.replay:
+        raise ValueError("tune=true times trees and replay=true times nothing: set one of them to false.")
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     samplings = [Sampling(float(t), float(config.top_p), config.top_k) for t in config.temperatures]
@@ -58,7 +60,7 @@ def main(config: DictConfig) -> dict[str, Any]:
         draft.check_fit(label, target)
     small: TargetModel | None = load_node("target", config.small_model) if config.small_model else None
     models = decoding_models(saved, target, small)
-    fp32 = decoding_models(saved, target.in_fp32(), small and small.in_fp32()) if config.num_checked else None
+    fp32 = decoding_models(saved, target.in_fp32(), small and small.in_fp32()) if config.num_checked and not config.replay else None
     records: list[Record] = []
     questions: dict[str, str] = {}
     tuned: Tuned | None = None
@@ -81,10 +83,13 @@ def main(config: DictConfig) -> dict[str, Any]:
             records_path=output_dir / "records.jsonl",
             checked_prompts=config.num_checked if 0.0 in [s.temperature for s in samplings] else 0,
             fp32_models=fp32,
+            replay=config.replay,
         )
     rows = summarize(records)
     if tuned:
         cost_rows = tuned.cost_rows(rows)
+    elif config.replay:
+        cost_rows = []  # nothing was timed
     else:
         costs = output_dir / "cost_model.json"
         cost_rows = predicted_rows(next(iter(models.values())), decoders, timed, records, costs)
@@ -216,7 +221,13 @@ def load_prompts(name: str, config: DictConfig, target: TargetModel) -> list[Con
     if name == "validation":
         data = instantiate(config.data)(target=target)
         data.tokens()
-        return [c.without_answers() for c in data.validation_conversations[: config.limit]]
+        held_out = data.validation_conversations[config.skip :]
+        if not held_out:
+            raise ValueError(
+                f"skip={config.skip} leaves none of {len(data.validation_conversations)} validation questions: raise "
+                "data.num_validation, or lower skip."
+            )
+        return [c.without_answers() for c in held_out[: config.limit]]
     node = config_node("benchmark", name)
     OmegaConf.set_struct(node, False)
     node.limit = config.limit or node.get("limit")

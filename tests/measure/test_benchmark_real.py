@@ -17,6 +17,7 @@ from hass_lightning.decoding import (
 )
 from hass_lightning.draft import EagleDraft, draft_config
 from hass_lightning.measure import read_records, run_benchmark, summarize
+from hass_lightning.measure.known_answer import RULE
 from hass_lightning.target import TargetModel
 from hass_lightning.target.tiny import tiny_llama
 from hass_lightning.types import Sampling
@@ -77,6 +78,42 @@ def test_all_decoders_are_measured_and_lossless(models, tmp_path):
     assert rows["autoregressive", 0.0]["speedup"] == pytest.approx(1, rel=1e-12)  # a quotient of products of times
     # the small model is the target itself: every draft token is accepted, greedy or sampled
     assert rows["draft_model", 0.0]["acceptance_length"] == rows["draft_model", 1.0]["acceptance_length"] == 4
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 13, 40])
+def test_replay_accepts_what_decoding_accepts(models, max_new_tokens):
+    """Cycle by cycle the same, for every decoder, both turns, and an answer that the limit cuts anywhere."""
+    decoders = {
+        "autoregressive": Autoregressive(),
+        "prompt_lookup": PromptLookup(),
+        "draft_model": DraftModel(depth=3),
+        "chain": Chain(depth=2),
+        "static_tree": StaticTree(),
+        "dynamic_tree": DynamicTree(num_nodes=12, depth=4, width=3),
+    }
+    # a small model that agrees at times, so that paths of every length occur
+    small = TargetModel.load(tiny_llama(), "small", dtype="float32", num_layers=1)
+    given = {"head": replace(models, small=small)}
+    real, replayed = (
+        run_benchmark(given, decoders, PROMPTS, max_new_tokens=max_new_tokens, num_warmup=0, replay=replay)
+        for replay in (False, True)
+    )
+    assert [r.decoder for r in real] == [r.decoder for r in replayed]
+    for one, two in zip(real, replayed, strict=True):
+        assert (two.token_ids, two.accepted, two.drafted, two.nodes) == (
+            one.token_ids, one.accepted, one.drafted, one.nodes,
+        )  # fmt: skip
+        assert two.proposals == one.proposals
+        assert two.decoder == "autoregressive" or (two.rule, two.seconds, two.identical) == (RULE, {}, None)
+    rows = {row["decoder"]: row for row in summarize(replayed)}
+    assert rows["dynamic_tree"]["speedup"] is None and rows["dynamic_tree"]["tokens_per_second"] is None
+
+
+def test_a_replay_needs_greedy_answers(models):
+    for options in ({"samplings": (Sampling(1.0),)}, {"decoders": {"chain": Chain(depth=2)}}):
+        given = {"decoders": {"autoregressive": Autoregressive(), "chain": Chain(depth=2)}} | options
+        with pytest.raises(ValueError, match="replay=true needs the autoregressive decoder"):
+            run_benchmark({"head": models}, prompts=PROMPTS, max_new_tokens=4, replay=True, **given)
 
 
 def test_ties_in_bf16_are_audited(models):

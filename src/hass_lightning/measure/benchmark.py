@@ -19,6 +19,7 @@ from hass_lightning.data.tokens import encode_prompt
 from hass_lightning.decoding.models import Decoder, DecodingModels
 from hass_lightning.measure.cells import Cell, plan_cells, seed_of, turn_messages
 from hass_lightning.measure.identity import Auditor
+from hass_lightning.measure.known_answer import RULE, KnownAnswer
 from hass_lightning.measure.records import acceptance_length, speedup
 from hass_lightning.measure.summary import summarize
 from hass_lightning.measure.trace import BASELINE, Record, read_records
@@ -46,6 +47,7 @@ def run_benchmark(
     on_record: Callable[[Record], None] | None = None,
     num_warmup: int = 1,
     keep_proposals: bool = True,
+    replay: bool = False,
 ) -> list[Record]:
     """Decode every prompt with every (draft, decoder, sampling), in an order drawn anew for each turn of each prompt.
 
@@ -62,15 +64,24 @@ def run_benchmark(
         checked_prompts: so many prompts are decoded again in fp32 with `fp32_models` (the same labels), untimed, where
             answers must be identical. on_record: called with each new record. num_warmup: short untimed runs of each
             cell before the first measured one. keep_proposals: store the drafted token ids (most of the file).
+        replay: decode autoregressively alone and replay the others on its answers (known_answer.py): the same τ for a
+            tenth of the time, and no speed.
 
     Returns:
         the records of this benchmark by prompt, turn and cell, those found in the file included.
 
     Raises:
         ValueError: models that do not fit, repeated prompt ids, several turns or `checked_prompts` without an
-            autoregressive decoder.
+            autoregressive decoder; `replay` above temperature 0 or without one.
     """
     cells = plan_cells(models, decoders, samplings)
+    if replay:
+        if not any(cell.is_baseline for cell in cells) or any(sampling.temperature for sampling in samplings):
+            raise ValueError(
+                f"benchmark {benchmark}: replay=true needs the {BASELINE} decoder, whose answers are replayed, and "
+                "temperatures=[0]: sampled answers depend on what was drafted."
+            )
+        checked_prompts, num_warmup = 0, 0  # nothing is decoded that could be checked or timed
     repeated = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
     if repeated:
         raise ValueError(f"benchmark {benchmark} has several prompts with the id {repeated[0]!r}: ids must differ.")
@@ -94,6 +105,7 @@ def run_benchmark(
         run = _Run(cells, benchmark, max_new_tokens=max_new_tokens, seed=seed, done=done, file=file, bar=bar)
         run.auditor = Auditor(greedy, fp32_models, max_new_tokens) if greedy else None
         run.on_record, run.num_warmup, run.keep_proposals = on_record, num_warmup, keep_proposals
+        run.replay = replay
         num_left = checked_prompts
         for prompt, added in zip(prompts, turns, strict=True):
             num_left -= run.ask(prompt, added, in_fp32=num_left > 0)
@@ -126,6 +138,7 @@ class _Run:
         self.auditor: Auditor | None = None
         self.on_record: Callable[[Record], None] | None = None
         self.num_warmup, self.keep_proposals = 1, True
+        self.replay = False
 
     def ask(self, prompt: Conversation, turns: list[tuple[Message, ...]], in_fp32: bool) -> int:
         """All turns of one prompt with all cells; 1, or 0 where the prompt is skipped."""
@@ -159,6 +172,9 @@ class _Run:
         """One turn with all cells; the baseline's record of each sampling."""
         order = list(self.cells)
         random.Random(seed_of(self.seed, self.benchmark, prompt.id, turn)).shuffle(order)
+        if self.replay:
+            order.sort(key=lambda cell: not cell.is_baseline)  # its answer is what the others replay
+        known: KnownAnswer | None = None
         expected = {cell.sampling for cell in order if cell.is_baseline}
         answers: dict[Sampling, Record] = {}
         waiting: list[tuple[Cell, Record]] = []
@@ -174,7 +190,13 @@ class _Run:
                 else:
                     self._warm_up(inputs[sampling])
                     drawn = seed_of(self.seed, self.benchmark, prompt.id, turn, sampling)
-                    record.add_result(cell.decode(inputs[sampling], self.max_new_tokens, drawn), self.keep_proposals)
+                    replayed = self.replay and not cell.is_baseline
+                    if replayed:
+                        known = known or KnownAnswer(self.target, inputs[sampling], answers[sampling].token_ids)
+                    result = (cell.on(known) if known else cell).decode(inputs[sampling], self.max_new_tokens, drawn)
+                    record.add_result(result, self.keep_proposals)
+                    if replayed:
+                        record.seconds = {}
                     waiting.append((cell, record))
                 finished[id(cell)] = record
                 if cell.is_baseline:
@@ -183,7 +205,8 @@ class _Run:
                 ready = [each for each in waiting if each[0].sampling in answers or each[0].sampling not in expected]
                 for each, complete in ready:
                     answer = answers.get(each.sampling)
-                    if self.auditor and answer and each.sampling.temperature == 0 and not each.is_baseline:
+                    compared = self.auditor and answer and not each.is_baseline and not self.replay
+                    if compared and each.sampling.temperature == 0:
                         self.auditor.judge(each, complete, answer, inputs[each.sampling], in_fp32)
                     self._write(complete)
                     self._count(each, complete)
@@ -205,7 +228,7 @@ class _Run:
             max_new_tokens=self.max_new_tokens,
             category=prompt.category,
             settings=cell.settings,
-            rule=cell.rule,
+            rule=RULE if self.replay and not cell.is_baseline else cell.rule,
             target=self.target_name,
             num_prompt_tokens=num_prompt_tokens,
         )
@@ -229,7 +252,7 @@ class _Run:
         base = self.groups["", BASELINE, cell.sampling]
         if not cell.is_baseline:
             name = f"{cell.draft} {cell.label} τ {acceptance_length(group):.2f}".strip()
-            self.bar.note(f"{name} speedup {speedup(group, base):.2f}×" if base else name)
+            self.bar.note(f"{name} speedup {speedup(group, base):.2f}×" if base and not self.replay else name)
 
 
 def open_records(path: Path) -> tuple[dict[tuple, Record], TextIO]:

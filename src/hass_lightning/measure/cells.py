@@ -54,6 +54,10 @@ class Cell:
             result.seconds["bookkeeping"] = result.seconds.get("bookkeeping", 0.0) + missing
         return result
 
+    def on(self, target: Any) -> Cell:
+        """The same cell with another target, or what stands for one."""
+        return replace(self, models=replace(self.models, target=target))
+
     def traced(self) -> Cell:
         """The same cell with the logit gaps recorded (slower: not for timing)."""
         return replace(self, models=replace(self.models, trace=True))
