@@ -31,7 +31,13 @@ COUNTER = "awk '$1 == \"lo:\" {print $10}' /proc/net/dev"
 
 def run(strategy: str, num_processes: int, steps: int, folder: Path, overrides: list[str]) -> tuple[int, float]:
     """(bytes sent over loopback, seconds of training) of one run."""
-    words = [*OVERRIDES, *overrides, f"trainer={strategy}", f"trainer.devices={num_processes}", f"trainer.max_steps={steps}"]
+    words = [
+        *OVERRIDES,
+        *overrides,
+        f"trainer={strategy}",
+        f"trainer.devices={num_processes}",
+        f"trainer.max_steps={steps}",
+    ]
     words += [f"trainer.val_check_interval={steps}", f"name={strategy}-{num_processes}-{steps}"]
     command = " ".join(f"'{word}'" for word in [sys.executable, "-m", "hass_lightning.train", *words])
     script = f"ip link set lo up; {command} >&2; {COUNTER}"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from command_environment import command_environment
+from hass_lightning.ledger import Entry, Ledger
 
 SMOKE = ("experiment=smoke", "logger=csv")
 DECODE_LITTLE = ("callbacks.decoding.num_prompts=1", "callbacks.decoding.num_checked=1")
@@ -132,6 +133,24 @@ def test_hass_benchmark_measures_a_run_again(smoke, corpus, call_command, tmp_pa
     assert last_json(again.out) == result
 
 
+def test_the_cells_of_a_sweep_are_replayed_on_questions_that_chose_nothing(smoke, corpus, call_command, tmp_path):
+    sweep = tmp_path / "study"
+    for cell, status in (("one", "completed"), ("two", "completed"), ("three", "failed")):
+        shutil.copytree(smoke.run / "draft", sweep / cell / "draft")
+        Ledger(sweep).append(Entry(cell, status, [], "", str(sweep / cell)))
+    words = ("target=tiny", "data=smoke", "data.num_validation=8", corpus, "skip=5", "max_new_tokens=16")
+    done = call_command("benchmark", *words, f"drafts=[{sweep}]", "replay=true")
+    assert done.code == 0, done.err
+    result = last_json(done.out)
+    rows = {(row["draft"], row["decoder"]): row for row in result["rows"]}
+    assert set(rows) == {("", "autoregressive"), ("one", "dynamic_tree"), ("two", "dynamic_tree")}
+    one = rows["one", "dynamic_tree"]
+    assert (one["num_prompts"], one["speedup"]) == (3, None)  # of eight, five chose the checkpoint
+    decoded = last_json(call_command("benchmark", *words, f"draft={smoke.run}", "name=decoded").out)
+    (row,) = [row for row in decoded["rows"] if row["decoder"] == "dynamic_tree"]
+    assert row["acceptance_length"] == one["acceptance_length"] and row["speedup"] > 0
+
+
 @pytest.mark.slow
 def test_tuning_writes_a_tree_and_measures_it_on_other_prompts(smoke, corpus, call_command):
     arguments = ("target=tiny", "data=smoke", "data.num_validation=8", f"draft={smoke.run}", "limit=8", corpus)
@@ -236,6 +255,7 @@ BAD_LINES = '{"messages": [{"role": "alien", "content": "x"}]}\n{"a": 1}\nno jso
         ("prepare", ["data=jsonl", "data.source.path=nothing.jsonl"], ["nothing.jsonl"]),
         ("benchmark", ["temperatures=[-1]", "draft=folder"], ["temperature", "-1"]),
         ("benchmark", ["draft=folder"], ["folder", "config.json"]),
+        ("benchmark", ["tune=true", "replay=true"], ["tune=true", "replay=true"]),
         ("benchmark", ["target=tiny", "decoders=[autoregressive,nothing]"], ["conf/decoding/nothing.yaml"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -25,6 +25,7 @@ from hass_lightning.cli import command
 from hass_lightning.data.tokens import encode_prompt
 from hass_lightning.decoding import Autoregressive, Decoder, DecodingModels, DynamicTree
 from hass_lightning.draft import SavedDraft, load_draft
+from hass_lightning.ledger import Ledger
 from hass_lightning.measure.benchmark import run_benchmark, summarize
 from hass_lightning.measure.cost_model import compare_with_measured, tune
 from hass_lightning.measure.predicted import TIMED_PROMPTS, predicted_rows
@@ -52,7 +53,7 @@ def main(config: DictConfig) -> dict[str, Any]:
         torch.set_num_threads(config.num_threads)
     samplings = [Sampling(float(t), float(config.top_p), config.top_k) for t in config.temperatures]
     decoders = {name: load_node("decoding", name) for name in config.decoders}
-    paths = [config.draft] if config.draft else list(config.drafts)
+    paths = [config.draft] if config.draft else [head for path in config.drafts for head in heads_of(path)]
     saved = load_drafts(paths)
     write_provenance(output_dir, config)
     target: TargetModel = instantiate(config.target)
@@ -60,7 +61,11 @@ def main(config: DictConfig) -> dict[str, Any]:
         draft.check_fit(label, target)
     small: TargetModel | None = load_node("target", config.small_model) if config.small_model else None
     models = decoding_models(saved, target, small)
-    fp32 = decoding_models(saved, target.in_fp32(), small and small.in_fp32()) if config.num_checked and not config.replay else None
+    fp32 = (
+        decoding_models(saved, target.in_fp32(), small and small.in_fp32())
+        if config.num_checked and not config.replay
+        else None
+    )
     records: list[Record] = []
     questions: dict[str, str] = {}
     tuned: Tuned | None = None
@@ -184,6 +189,22 @@ def config_node(group: str, name: str) -> DictConfig:
     except hydra.errors.MissingConfigException as error:
         raise ValueError(f"there is no conf/{group}/{name}.yaml: see `hass-benchmark --help` for the names.") from error
     return composed[group]
+
+
+def heads_of(path: str) -> list[str]:
+    """The finished cells of a sweep folder, or the folder itself.
+
+    Raises:
+        ValueError: a sweep folder of which no cell has a head.
+    """
+    ledger = Ledger(path)
+    if not ledger.path.is_file():
+        return [path]
+    cells = [str(ledger.folder / entry.cell) for entry in ledger.latest().values() if entry.status == "completed"]
+    found = [cell for cell in cells if (Path(cell) / "draft").is_dir()]
+    if not found:
+        raise ValueError(f"drafts names the sweep {path}, none of whose {len(cells)} finished cells has a head.")
+    return found
 
 
 def load_drafts(paths: list[str]) -> dict[str, SavedDraft]:
