@@ -105,6 +105,10 @@ def test_a_finished_run_prints_its_result_again_without_training(smoke, call_com
     assert last_json(done.out) == last_json(smoke.out)
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "smoke" / "checkpoints").iterdir()}
     assert before == after
+    settings = tmp_path / "runs" / "smoke" / "resume_config.json"  # a file of conf/ may change under the same words
+    settings.write_text(settings.read_text().replace('"model.optimizer.lr": ', '"model.optimizer.lr": 7'))
+    refused = call_command("train", "experiment=smoke")
+    assert refused.code == 1 and "model.optimizer.lr" in refused.err and "fresh=true" in refused.err
 
 
 def test_hass_benchmark_measures_a_run_again(smoke, corpus, call_command, tmp_path):
@@ -249,6 +253,7 @@ BAD_LINES = '{"messages": [{"role": "alien", "content": "x"}]}\n{"a": 1}\nno jso
             "train", ["model.draft.vocab_size=999999"], ["model.draft.vocab_size=999999"], marks=pytest.mark.slow
         ),
         ("train", ["trainer.max_epochs=null"], ["trainer.max_epochs", "trainer.max_steps"]),
+        ("train", ["trainer.devices=auto"], ["trainer.devices=auto", "number"]),
         ("train", ["trainer.gradient_clip_algorithm=bogus"], ["gradient_clip_algorithm", "bogus"]),
         ("train", ["trainer=deepspeed_zero2", "trainer.gradient_clip_algorithm=value"], ["gradient_clip_algorithm"]),
         pytest.param("train", ["decoding.width=0"], ["decoding.width=0"], marks=pytest.mark.slow),

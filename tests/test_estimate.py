@@ -60,6 +60,10 @@ def test_hours_follow_work_and_devices():
     two = plan(SMOLLM2, Workload(1_000_000, 500_000, epochs=4, processes=2), DEVICES["a100_80gb"].flops)
     assert two["training_hours"] == pytest.approx(one["training_hours"])
     assert two["extraction_hours"] == pytest.approx(one["extraction_hours"] / 2)
+    spread = plan(
+        SMOLLM2, Workload(1_000_000, 500_000, epochs=4, processes=2, extractors=1), DEVICES["a100_80gb"].flops
+    )
+    assert spread == two | {"extraction_hours": one["extraction_hours"]}
     # an independent count: 6 P a token and step, 2 D V a row for the target's logits and 4 J D V for the head's
     expected = 2 * (6 * 3 * SMOLLM2.draft_parameters * 1e6 + 14 * 576 * 49152 * 5e5)
     assert one["training_hours"] * 3600 * DEVICES["a100_80gb"].flops == pytest.approx(expected)

@@ -142,6 +142,10 @@ def test_a_sweep_is_planned_and_not_started(call_command, tmp_path):
     assert (found["num_cells"], found["num_completed"]) == (2, 0)
     assert found["hours"] >= 0 and found["disk_gb"] >= 0 and found["memory_gb"] > 0
     assert not [path for path in tmp_path.glob("runs/sweeps/planned/*") if path.is_dir()]
+    alone = call_command("train", *SHORT, "trainer.max_steps=6", "plan=true")
+    assert alone.code == 0, alone.err
+    assert json.loads(alone.out.splitlines()[-1])["training_hours"] > 0
+    assert not list(tmp_path.glob("runs/*/provenance.json"))
 
 
 # --- several processes: equalities and faults ------------------------------------------------------------------------
@@ -289,7 +293,8 @@ def test_ranks_that_something_else_started_write_one_result(start_command, varia
 @pytest.mark.slow
 def test_zero_3_trains_and_exports_the_whole_head(run_command):
     pytest.importorskip("deepspeed")
-    done = run_command("train", *SHORT, "trainer.max_steps=4", "trainer=deepspeed_zero3")
+    uneven = ("data.num_validation=5", "data.batch_size=1")  # three batches, and two that could deadlock it
+    done = run_command("train", *SHORT, "trainer.max_steps=4", "trainer=deepspeed_zero3", *uneven)
     assert done.code == 0, done.err[-3000:]
     folder = Path(json.loads(done.out.splitlines()[-1])["run_dir"])
     head = load_file(folder / "draft" / "model.safetensors")

@@ -57,7 +57,8 @@ from hass_lightning.checks.template import (
     preview,
 )
 from hass_lightning.cli import command, user_error
-from hass_lightning.data.datamodule import FeatureDataModule, split_validation
+from hass_lightning.data.datamodule import FeatureDataModule
+from hass_lightning.data.order import split_validation
 from hass_lightning.data.tokens import encode_conversation
 from hass_lightning.target.model import TargetModel
 from hass_lightning.train import build_module, make_trainer

@@ -89,7 +89,8 @@ class Workload:
 
     Args:
         num_tokens: of all conversations. num_rows: of them trained on (marked). epochs: passes over them.
-        depth: alignment steps. batch_tokens: padded tokens of one process and step. processes: in all.
+        depth: alignment steps. batch_tokens: padded tokens of one process and step. processes: in all. extractors: of
+        them, run the target (None: all; 1 where it is spread over all devices).
         draft_vocab: rows of the LM head that the loss reads. stage: of ZeRO, None without DeepSpeed.
         target_bytes: of one target value. trained_bytes: of one value in a step (2 under bf16-mixed).
     """
@@ -100,6 +101,7 @@ class Workload:
     depth: int = 3
     batch_tokens: int = 8 * 2048
     processes: int = 1
+    extractors: int | None = None
     draft_vocab: int | None = None
     stage: int | None = None
     target_bytes: int = 2
@@ -161,7 +163,7 @@ def plan(sizes: Sizes, work: Workload, flops: float) -> dict[str, float]:
         "target_gb": work.target_bytes * sizes.target_parameters / GB,  # in each process, unless target.head_only
         "disk_gb": feature_bytes(sizes, work.num_tokens, work.target_bytes) / GB,
         "extraction_memory_gb": extraction_memory(sizes, work.target_bytes) / GB,
-        "extraction_hours": extraction_flops(sizes, work) / flops / work.processes / 3600,
+        "extraction_hours": extraction_flops(sizes, work) / flops / (work.extractors or work.processes) / 3600,
         "training_memory_gb": training_memory(sizes, work) / GB,
         "training_hours": training_flops(sizes, work) / flops / work.processes / 3600,
     }

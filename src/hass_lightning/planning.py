@@ -17,6 +17,7 @@ from hass_lightning.data.tokens import encode_all, load_tokenizer
 from hass_lightning.estimate import DEVICES, Sizes, Workload, plan
 from hass_lightning.target.model import resolve_dtype, working_dtype
 from hass_lightning.target.source import hub_folder
+from hass_lightning.training.strategy import num_processes
 
 
 def machine_flops(seconds: float = 0.2) -> float:
@@ -79,7 +80,7 @@ def workload(config: DictConfig) -> Workload:
     """What a config of `hass-train` would do."""
     trainer, data = config.trainer, config.data
     tokens, rows = count_tokens(config)
-    processes = int(trainer.devices) * int(trainer.num_nodes)
+    processes = num_processes(trainer)
     strategy = trainer.strategy if OmegaConf.is_config(trainer.strategy) else {}
     longest = data.batch_size * min(data.max_length, 2048)
     epochs = float(trainer.max_epochs) if trainer.max_epochs not in (None, -1) else float("inf")
@@ -96,6 +97,7 @@ def workload(config: DictConfig) -> Workload:
         depth=int(depth if isinstance(depth, int) else max(v for v in depth.values() if isinstance(v, int))),
         batch_tokens=int(min(longest, tokens)),
         processes=processes,
+        extractors=1 if config.target.get("device_map") else None,
         draft_vocab=config.model.draft.vocab_size,
         stage=strategy.get("stage") if "DeepSpeed" in str(strategy.get("_target_", "")) else None,
         target_bytes=2 if on_gpu else resolve_dtype(config.target.dtype).itemsize,
@@ -127,7 +129,7 @@ def plan_sweep(configs: Sequence[DictConfig], seconds: Sequence[float], num_done
     else:
         hours = extraction + sum(each["training_hours"] for each in plans)
         source = f"formulas, estimate.device={configs[0].estimate.device}; without start-up and decoding"
-    processes = max(int(config.trainer.devices) for config in configs)
+    processes = max(num_processes(config.trainer) for config in configs)
     return result | {
         "hours": round(hours / n_jobs, 3),
         "hours_from": source,

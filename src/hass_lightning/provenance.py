@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from hass_lightning.files import write_whole
 from hass_lightning.redaction import redact, redacted
 
 PACKAGES = ("torch", "lightning", "transformers", "hydra-core", "omegaconf", "wandb", "deepspeed", "hass-lightning")
@@ -48,12 +49,12 @@ def _version(package: str) -> str | None:
 def add_provenance(run_dir: Path, **values: Any) -> None:
     """Add what is known only later, such as the keys of the features."""
     file = run_dir / "provenance.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}, indent=2) + "\n")
+    write_whole(file, json.dumps({**json.loads(file.read_text()), **values}, indent=2) + "\n")
 
 
 # What may be another when a run goes on: it changes no weight.
 MAY_CHANGE = (
-    "paths", "logger", "study", "fresh", "plan", "ckpt_path", "num_threads", "callbacks.progress",
+    "paths", "logger", "study", "fresh", "plan", "estimate", "ckpt_path", "num_threads", "callbacks.progress",
     "callbacks.last_checkpoint", "trainer.enable_progress_bar", "trainer.enable_model_summary",
     "trainer.log_every_n_steps", "trainer.max_time", "data.num_workers", "data.cache_dir",
 )  # fmt: skip
@@ -100,10 +101,7 @@ def refuse_other_config(run_dir: Path, config: DictConfig, begun: bool) -> None:
                 f"{run_dir} holds a run of another config and would go on with {listed}: change that back, train again "
                 f"with fresh=true, or take another folder with name=…. Only these may change: {', '.join(MAY_CHANGE)}."
             )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(".resume_config.json")
-    aside.write_text(json.dumps(now, indent=2, default=str) + "\n")
-    aside.replace(file)
+    write_whole(file, json.dumps(now, indent=2, default=str) + "\n")
 
 
 def write_provenance(run_dir: Path, config: DictConfig) -> dict[str, Any]:
@@ -121,6 +119,5 @@ def write_provenance(run_dir: Path, config: DictConfig) -> dict[str, Any]:
         "seed": config.get("seed"),
         "config_hash": config_hash(config),
     }
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_whole(run_dir / "provenance.json", json.dumps(record, indent=2) + "\n")
     return record

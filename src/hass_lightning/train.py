@@ -31,6 +31,8 @@ from hass_lightning.data.manifest import write_feature_manifest
 from hass_lightning.draft import load_draft
 from hass_lightning.draft.checkpoint import save_start
 from hass_lightning.draft.initialize import least_squares_start, start_from
+from hass_lightning.files import write_whole
+from hass_lightning.planning import plan_run
 from hass_lightning.provenance import add_provenance, plain, refuse_other_config, write_provenance
 from hass_lightning.report import run_report
 from hass_lightning.target.model import working_dtype
@@ -38,7 +40,7 @@ from hass_lightning.training.callbacks import DecodingBenchmark, decode_metrics
 from hass_lightning.training.compute import ComputeMeter, RunCost
 from hass_lightning.training.last_checkpoint import find_last_checkpoint
 from hass_lightning.training.module import HassModule
-from hass_lightning.training.strategy import check_trainer_config, lost_process
+from hass_lightning.training.strategy import check_trainer_config, lost_process, num_processes
 from hass_lightning.training.wandb_logging import close_wandb, log_results, wandb_settings
 
 log = logging.getLogger(__name__)
@@ -47,9 +49,14 @@ log = logging.getLogger(__name__)
 @command("train")
 def main(config: DictConfig) -> dict[str, Any]:
     """Train a head and measure it; the result is also in `metrics.json` of the run folder."""
+    if config.plan:
+        return plan_run(config)
     run_dir = Path(config.paths.run_dir)
     finished = run_dir / "metrics.json"
     if finished.exists() and not config.fresh:
+        if not is_first_process():
+            return {"_silent": True}
+        refuse_other_config(run_dir, config, begun=True)
         log.info("%s is finished: its result follows (fresh=true trains again)", run_dir)
         return json.loads(finished.read_text())
     check_trainer_config(config.trainer)
@@ -83,7 +90,7 @@ def main(config: DictConfig) -> dict[str, Any]:
         close_wandb()
     metrics |= {"run_dir": str(run_dir), "data_hash": data.data_hash()}
     metrics["_metric"] = metrics.get(str(config.optimized_metric).split("/")[-1])
-    finished.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_whole(finished, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
@@ -148,7 +155,7 @@ def fit(
         spent = {"train_seconds": round(seconds, 1)}
         spent |= {f"train_{name}": n for name, n in meter.spent(trainer.global_step, trainer.max_steps).items()}
         if trainer.is_global_zero:
-            clock.write_text(json.dumps(spent))
+            write_whole(clock, json.dumps(spent))
     if trainer.is_global_zero:
         (run_dir / "trained").touch()
     return spent
@@ -174,7 +181,7 @@ def make_trainer(
     """The Trainer. A run is one pass over a numbered sequence of batches, whatever number of epochs that spans.
 
     `max_epochs` and a fractional `val_check_interval` are turned into numbers of batches here, so that resuming never
-    depends on where an epoch ends (see data/datamodule.py, BatchOrder); with the module, `config.compute` is, too.
+    depends on where an epoch ends (see data/order.py); with the module, `config.compute` is, too.
     """
     node = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(node, dict)
@@ -185,7 +192,7 @@ def make_trainer(
         )
         fast = working_dtype("cuda" if on_gpu else "cpu") == torch.bfloat16
         settings["precision"] = "bf16-mixed" if fast else "32-true"
-    world_size = int(settings.get("devices") or 1) * int(settings.get("num_nodes") or 1)
+    world_size = num_processes(settings)
     accumulate = int(settings.get("accumulate_grad_batches") or 1)
     per_epoch = max(1, len(data.tokens()[0]) // (data.batch_size * world_size))
     share = settings.pop("limit_train_batches", None)

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hass_lightning.data.datamodule import BatchOrder, FeatureDataModule, FeatureDataset, collate, split_validation
+from hass_lightning.data.datamodule import FeatureDataModule, FeatureDataset, collate
+from hass_lightning.data.order import BatchOrder, split_validation
 from hass_lightning.types import Conversation, Message
 
 
@@ -212,7 +213,11 @@ def test_one_process_and_two_see_the_same_sequences(tiny, tmp_path):
     parts = zip(*[[batch.ids for batch, _ in half.train_dataloader()] for half in halves], strict=True)
     assert len(batches) == 6
     assert [sorted(ids) for ids in batches] == [sorted(one + other) for one, other in parts]
-    seen = [id for half in halves for batch, _ in half.val_dataloader() for id in batch.ids]
+    validation = [[batch for batch, _ in half.val_dataloader()] for half in halves]
+    assert {len(batches) for batches in validation} == {2}  # under ZeRO-3 every forward is a step of all
+    drawn = [batch for half in validation for batch in half]
+    seen = [id for batch in drawn for id, mask in zip(batch.ids, batch.loss_mask, strict=True) if mask.any()]
+    assert sum(len(batch.ids) for batch in drawn) == 6  # one fills, and counts nowhere
     assert sorted(seen) == sorted(id for batch, _ in whole.val_dataloader() for id in batch.ids)
     assert len(seen) == 5
 

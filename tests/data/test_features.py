@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import multiprocessing
+import os
 import random
 import shutil
 import threading
@@ -148,6 +149,19 @@ def test_only_the_damaged_shard_is_made_again_and_named(extract, computed, caplo
     assert bool(named) == ("missing" not in damage)
     for index, row in enumerate(rows):
         assert torch.equal(row, after.read(index)["features"])
+
+
+def test_an_unchanged_shard_is_read_once_for_its_checksum(extract, monkeypatch):
+    extract()
+    hashed = []
+    original = module.sha256_file
+    monkeypatch.setattr(module, "sha256_file", lambda path: hashed.append(path.name) or original(path))
+    extract()
+    extract()
+    assert len(hashed) == len(set(hashed)) > 1
+    os.utime(extract().folder / hashed[0])
+    extract()
+    assert hashed[-1] == hashed[0] and len(hashed) == len(set(hashed)) + 1
 
 
 def test_a_killed_extraction_goes_on_at_the_next_shard(extract, computed, tmp_path, monkeypatch):

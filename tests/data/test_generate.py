@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 
-from hass_lightning.data.datamodule import split_validation
 from hass_lightning.data.generate import Request, SelfDistillation, write_texts
+from hass_lightning.data.order import split_validation
 from hass_lightning.data.prompts import parse_all, read_json_lines
 
 

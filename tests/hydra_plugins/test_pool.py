@@ -62,6 +62,14 @@ def test_a_preempted_job_is_started_again_a_few_times(tmp_path, times, status):
     assert len((tmp_path / "n").read_text()) == min(times, 2) + 1
 
 
+def test_a_preempted_job_does_not_start_afresh(tmp_path):
+    code = "import sys; open('n', 'a').write(str(sys.argv[1:])); raise SystemExit(75 * ('fresh=true' in sys.argv))"
+    asked = cell(tmp_path, "x", code)
+    asked.command += ["fresh=true", "y=1"]
+    assert run(tmp_path, asked, max_requeues=2) == ["completed"]
+    assert (tmp_path / "n").read_text() == "['fresh=true', 'y=1']['y=1']"
+
+
 def test_no_job_is_started_that_would_end_too_late(tmp_path):
     sleeps = [cell(tmp_path, name, "import time; time.sleep(0.6)") for name in "abcd"]
     statuses = run(tmp_path, *sleeps, deadline=time.monotonic() + 1.2)

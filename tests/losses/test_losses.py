@@ -178,3 +178,48 @@ def test_bad_terms_are_refused():
         DraftLoss({"top_k": TopK(0.0)})
     with pytest.raises(ValueError, match="negative"):
         SoftCrossEntropy(-1.0)
+
+
+def test_autocast_leaves_the_terms_in_fp32():
+    """The products of the LM head may be rounded, sums over the vocabulary may not."""
+    steps, target, vocabulary = make(dtype=torch.float32)
+    vocabulary.weight.mul_(8)  # logits of the size that a real model has
+
+    def value_and_gradient(enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            total = loss(steps, target, vocabulary, torch.zeros(R, dtype=torch.int64), R).total
+        return total, torch.autograd.grad(total, steps)
+
+    class Exact(DraftLoss):
+        def _logits(self, *arguments):  # the one place where autocast is welcome
+            with torch.autocast("cpu", enabled=False):
+                return super()._logits(*arguments)
+
+    loss = Exact(hass().terms)
+    (plain, gradients), (cast, cast_gradients) = value_and_gradient(False), value_and_gradient(True)
+    assert torch.equal(plain, cast)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, cast_gradients, strict=True))
+
+
+def test_fp16_gradients_survive_a_scaled_loss_and_many_rows():
+    steps, target, vocabulary = make(dtype=torch.float32)
+    exact = hass()(steps, target, vocabulary, torch.zeros(R, dtype=torch.int64), 1e5).total
+    expected = torch.autograd.grad(65536 * exact, steps)
+    half = [step.detach().half().requires_grad_() for step in steps]
+    total = hass()(half, target, vocabulary, torch.zeros(R, dtype=torch.int64), 1e5).total
+    for ours, theirs in zip(torch.autograd.grad(total * 65536, half), expected, strict=True):
+        assert torch.allclose(ours.float(), theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max()))
+
+
+class Constant(LossTerm):
+    """Depends on the draft in the first step alone."""
+
+    def forward(self, rows):
+        return rows.draft_features.sum(-1) if rows.step == 1 else torch.zeros(len(rows.draft_features))
+
+
+def test_a_term_may_ignore_the_draft():
+    steps, target, vocabulary = make(dtype=torch.float32)
+    total = DraftLoss({"mine": Constant(1.0)})(steps, target, vocabulary, torch.zeros(R, dtype=torch.int64), 1).total
+    first, *others = torch.autograd.grad(total, steps)
+    assert torch.equal(first, torch.ones(R, D)) and not any(other.any() for other in others)

@@ -8,15 +8,15 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from hass_lightning.data.features import FeatureStore, OnlineFeatures, extract_features
+from hass_lightning.data.order import BatchOrder, hash_of, nested_fraction, split_validation
 from hass_lightning.data.prefetch import PrefetchingLoader
 from hass_lightning.data.tokens import encode_all
 from hass_lightning.target.model import TargetModel
@@ -29,95 +29,6 @@ class ConversationSource(Protocol):
     """Anything that gives conversations: JSON lines, a hub data set, self-distillation."""
 
     def load(self, target: TargetModel) -> list[Conversation]: ...  # noqa: D102
-
-
-def _hash(*parts: object) -> int:
-    return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:7], "big")
-
-
-def split_validation(
-    conversations: Sequence[Conversation], num_validation: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """(train, validation) with no question in both: by the data's own `split` field, else by a hash of the question."""
-    groups: dict[str, list[Conversation]] = {}
-    for conversation in conversations:
-        groups.setdefault(" ".join(conversation.question.lower().split()), []).append(conversation)
-    labelled = any(conversation.split for conversation in conversations)
-    if labelled:
-        held_out = {key for key, group in groups.items() if any(c.split == "validation" for c in group)}
-    else:
-        held_out = set(sorted(groups, key=lambda key: _hash("split", key))[:num_validation])
-    train = [c for key, group in groups.items() if key not in held_out for c in group]
-    validation = [c for key, group in groups.items() if key in held_out for c in group[:1]]
-    if not train or not validation:
-        raise ValueError(
-            f"the data leave {len(train)} training and {len(validation)} validation conversations: lower "
-            "data.num_validation, or give more data."
-        )
-    return train, validation[:num_validation]
-
-
-def nested_fraction(ids: Sequence[str], fraction: float) -> list[int]:
-    """Indices, in order, of a share of sequences that holds every smaller share: the first by a hash of their ids."""
-    ranked = sorted(range(len(ids)), key=lambda index: (_hash("fraction", ids[index]), index))
-    return sorted(ranked[: max(1, round(fraction * len(ids)))])
-
-
-class BatchOrder(Sampler[list[tuple[int, int]]]):
-    """All batches of a run, by global batch number: lists of (epoch, index) for this process.
-
-    Every epoch shuffles anew, gathers similar lengths, and shuffles the batches; a run over `num_batches` starts at
-    `first`, so that a resumed run sees exactly what the uninterrupted one would have seen.
-    """
-
-    def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, num_batches: int, first: int = 0, rank: int = 0,
-        world_size: int = 1,
-    ):  # fmt: skip
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self.num_batches, self.first, self.rank, self.world_size = num_batches, first, rank, world_size
-        self._last: tuple[int, list[list[int]]] = (-1, [])  # the epoch that was asked for last
-        if len(lengths) < self.global_batch:
-            raise ValueError(
-                f"{len(lengths)} training conversations do not fill one batch of {self.global_batch}: lower "
-                "data.batch_size, or give more data."
-            )
-
-    @property
-    def global_batch(self) -> int:
-        """Sequences a step over all processes."""
-        return self.batch_size * self.world_size
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Whole global batches an epoch; what is left over waits for another shuffle."""
-        return len(self.lengths) // self.global_batch
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def epoch(self, epoch: int) -> list[list[int]]:
-        """The global batches of one epoch."""
-        generator = torch.Generator().manual_seed(_hash(self.seed, "order", epoch))
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        size, batches = self.global_batch, []
-        order = order[: self.batches_per_epoch * size]
-        for start in range(0, len(order), 16 * size):
-            bucket = sorted(order[start : start + 16 * size], key=lambda index: self.lengths[index])
-            batches += [bucket[first : first + size] for first in range(0, len(bucket), size)]
-        return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]
-
-    def batch(self, number: int) -> tuple[int, list[int]]:
-        """(epoch, sequences) of a global batch."""
-        epoch = number // self.batches_per_epoch
-        if self._last[0] != epoch:
-            self._last = epoch, self.epoch(epoch)
-        return epoch, self._last[1][number % self.batches_per_epoch]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for number in range(self.first, self.num_batches):
-            epoch, batch = self.batch(number)
-            yield [(epoch, index) for index in batch[self.rank :: self.world_size]]
 
 
 class FeatureDataset(Dataset):
@@ -141,9 +52,11 @@ class FeatureDataset(Dataset):
         assert isinstance(features, Tensor)
         row["inputs"] = features
         if self.noise:
-            generator = torch.Generator().manual_seed(_hash(self.seed, "noise", epoch, index))
+            generator = torch.Generator().manual_seed(hash_of(self.seed, "noise", epoch, index))
             noise = torch.rand(features.shape, generator=generator).sub_(0.5).mul_(2 * self.noise)
             row["inputs"] = features + noise.to(features.dtype)
+        if epoch < 0:  # filling, see `FeatureDataModule.val_dataloader`
+            row["loss_mask"] = torch.zeros_like(row["loss_mask"])  # type: ignore[arg-type]
         row["id"] = self.store.ids[index]
         return row
 
@@ -321,11 +234,13 @@ class FeatureDataModule(L.LightningDataModule):
         return sum(int(train[index].loss_mask[:-1].sum()) for batch in batches for index in batch)
 
     def val_dataloader(self) -> DataLoader:
-        """Validation sequences, each read by one process."""
+        """Validation sequences, each read by one process; one without a marked row fills where they do not divide."""
         store, trainer = self.stores()[1], self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        mine = list(range(len(store)))[rank::world_size]
-        mine.sort(key=store.length)
+        mine = [(0, index) for index in range(rank, len(store), world_size)]
+        mine.sort(key=lambda key: store.length(key[1]))
+        if len(mine) * world_size < len(store):  # as many batches for each: ZeRO-3 gathers the weights in every forward
+            mine.append((-1, 0))
         batches = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
         return self._loader(FeatureDataset(store), batch_sampler=batches)
 

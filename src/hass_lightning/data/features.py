@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hass_lightning.data.eight_bit import dequantize, fidelity, quantize
+from hass_lightning.files import write_whole
 from hass_lightning.progress import progress_bar
 from hass_lightning.target.model import TargetModel
 from hass_lightning.target.source import cache_root, sha256_file
@@ -30,8 +32,6 @@ from hass_lightning.types import Tokens
 
 log = logging.getLogger(__name__)
 LAYOUT = "1"  # raise it when the stored content changes
-
-
 SHARD_SIZE = 256  # sequences a shard
 
 
@@ -229,9 +229,15 @@ def _is_whole(folder: Path, number: int) -> bool:
     note = path.with_suffix(".json")
     if not path.exists() or not note.exists():
         return False
+    state = path.stat()
+    seen = [state.st_size, state.st_mtime_ns]
     try:
         expected = json.loads(note.read_text())
+        if expected.get("verified") == seen:  # unchanged since: terabytes are not read again at every start
+            return True
         if sha256_file(path) == expected["sha256"]:
+            with suppress(OSError):  # a cache that may only be read is verified each time
+                write_whole(note, json.dumps(expected | {"verified": seen}))
             return True
         log.warning("the feature shard %s does not match its checksum: it is made again", path)
     except (json.JSONDecodeError, KeyError, SafetensorError):
@@ -296,7 +302,7 @@ def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor], more: di
             **more,
         }
         os.replace(aside, path)
-        path.with_suffix(".json").write_text(json.dumps(note))
+        write_whole(path.with_suffix(".json"), json.dumps(note))
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
         raise ValueError(f"the feature shard {path} could not be written ({error}): free disk space, or move "

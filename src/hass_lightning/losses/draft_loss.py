@@ -37,11 +37,13 @@ class _KnownGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *features: Tensor) -> Tensor:
         ctx.gradients = gradients
+        ctx.dtypes = [feature.dtype for feature in features]
         return total.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        return None, None, *[upstream[0].to(gradient.dtype) * gradient for gradient in ctx.gradients]
+        # in fp32 until the end: a loss scaled for fp16 exceeds its range
+        return None, None, *[(upstream[0] * g).to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)]
 
 
 class DraftLoss(nn.Module):
@@ -99,9 +101,9 @@ class DraftLoss(nn.Module):
         active = {name: term for name, term in self.terms.items() if term.weight > 0}  # type: ignore[operator]
         num_rows = target_features.shape[0]
         with_gradient = torch.is_grad_enabled() and any(feature.requires_grad for feature in step_features)
-        gradients = [torch.empty_like(feature) for feature in step_features]
         device = target_features.device
         wide = torch.float64 if step_features[0].dtype == torch.float64 else torch.float32
+        gradients = [torch.zeros_like(feature, dtype=wide) for feature in step_features]
         total = torch.zeros((), device=device, dtype=wide)
         values = {
             f"{name}/step{step}": torch.zeros((), device=device, dtype=wide)
@@ -120,6 +122,8 @@ class DraftLoss(nn.Module):
                 leaf = features[rows].detach().requires_grad_(with_gradient)
                 with torch.set_grad_enabled(with_gradient):
                     draft_logits = self._logits(vocabulary, leaf, wide)
+                # autocast would take the dot products of the terms in bf16
+                with torch.set_grad_enabled(with_gradient), torch.autocast(device.type, enabled=False):
                     ends = [x.detach().requires_grad_(with_gradient) for x in (leaf.to(wide), draft_logits)]
                     seen = Chunk(ends[0], ends[1], target, number + 1, scratch=scratch[: len(leaf)])
                     loss = torch.zeros((), device=device, dtype=wide)
@@ -127,12 +131,13 @@ class DraftLoss(nn.Module):
                         value = term(seen).sum()
                         values[f"{name}/step{number + 1}"] += value.detach()
                         loss = loss + term.weight * value  # type: ignore[operator]
-                    loss = loss * weights[number] / normalizer
-                if with_gradient:
-                    to_features, to_logits = seen.gradients(loss)
-                    (through,) = torch.autograd.grad(draft_logits, leaf, to_logits)
-                    gradients[number][rows] = through + to_features
-                total += loss.detach()
+                    loss = loss * weights[number]
+                    to_features, to_logits = seen.gradients(loss) if loss.requires_grad else (None, None)
+                    if to_features is not None and to_logits is not None:
+                        # sums, divided in fp32 below: in fp16 the tail of (q - p) / N is zero
+                        (through,) = torch.autograd.grad(draft_logits, leaf, to_logits)
+                        gradients[number][rows] = (through.to(wide) + to_features) / normalizer
+                total += loss.detach() / normalizer
                 hits[number, rows] = draft_logits.detach().argmax(-1) == wanted[rows]
         if with_gradient:
             total = _KnownGradient.apply(total, gradients, *step_features)

@@ -205,8 +205,8 @@ class _Run:
                 ready = [each for each in waiting if each[0].sampling in answers or each[0].sampling not in expected]
                 for each, complete in ready:
                     answer = answers.get(each.sampling)
-                    compared = self.auditor and answer and not each.is_baseline and not self.replay
-                    if compared and each.sampling.temperature == 0:
+                    compared = each.sampling.temperature == 0 and not each.is_baseline and not self.replay
+                    if self.auditor and answer and compared:
                         self.auditor.judge(each, complete, answer, inputs[each.sampling], in_fp32)
                     self._write(complete)
                     self._count(each, complete)

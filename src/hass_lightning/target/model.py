@@ -110,6 +110,7 @@ class TargetModel:
         self.name = name
         self.folder = Path(folder)
         self.config = model.config
+        self.head_only = False  # the layers between embedding and LM head were left out
         lm_head = model.get_output_embeddings()
         self.head = TargetHead(model.get_input_embeddings().weight, lm_head.weight, getattr(lm_head, "bias", None))
         self._step: Callable[[Tensor, KVCache, Tensor, Tensor | None], Tensor]
@@ -197,7 +198,9 @@ class TargetModel:
                 "target.device_map leaves the embedding or the LM head on the disk, but the draft head needs them in "
                 "memory: name a device for embed_tokens and lm_head in target.device_map."
             )
-        return cls(model, tokenizer, name, folder, template)
+        target = cls(model, tokenizer, name, folder, template)
+        target.head_only = head_only
+        return target
 
     @property
     def device(self) -> torch.device:
@@ -300,11 +303,6 @@ class TargetModel:
                 "target.head_only=true reads no layers, but this run needs them: extract the features first "
                 "(hass-prepare with the same words and target.head_only=false), and train with callbacks.decoding=null."
             )
-
-    @cached_property
-    def head_only(self) -> bool:
-        """Whether the layers between embedding and LM head were left out."""
-        return any(p.is_meta for p in self.model.base_model.layers[0].parameters())
 
     def in_dtype(self, dtype: torch.dtype) -> TargetModel:
         """A second copy of this target in another dtype."""

@@ -112,6 +112,14 @@ class DecodingBenchmark(L.Callback):
         self.num_checked, self.every_n_validations, self.seed = num_checked, every_n_validations, seed
         self._validations = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Validations so far."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._validations = state_dict["validations"]
+
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Refuse what cannot decode while it trains."""
         config = getattr(trainer.strategy, "config", None) or {}

@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from hass_lightning.data.datamodule import BatchOrder
+from hass_lightning.data.order import BatchOrder
 from hass_lightning.draft.alignment import Alignment, needed_rows
 from hass_lightning.types import Tokens
 

@@ -5,7 +5,7 @@ Everything else about strategies is a YAML in `conf/trainer`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -71,6 +71,25 @@ def lost_process(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or any(
         words in str(error) for words in ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
     )
+
+
+def num_processes(trainer: Mapping[str, Any]) -> int:
+    """Processes of a run: devices times nodes, of the `trainer` node of the config.
+
+    Raises:
+        ValueError: a number that only the machine knows; schedule and batches of a run depend on it.
+    """
+    devices = trainer.get("devices") or 1
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        count = len(devices)
+    else:
+        count = int(devices) if str(devices).isdigit() else 0
+    if count < 1:
+        raise ValueError(
+            f"trainer.devices={devices} must be a number or a list such as [0,1]: the steps of a run and their batches "
+            "depend on it, so it must not change from machine to machine."
+        )
+    return count * int(trainer.get("num_nodes") or 1)
 
 
 def check_trainer_config(trainer: Mapping[str, Any]) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from hass_lightning.cli import is_first_process
+from hass_lightning.files import write_whole
 from hass_lightning.measure.records import acceptance_length, conditional_rates, survival
 from hass_lightning.measure.trace import BASELINE, Record
 from hass_lightning.report.answers import pieces_of
@@ -63,10 +65,11 @@ def offline_without_server() -> None:
 def run_id(run_dir: Path) -> str:
     """One W&B id a run folder, so that a resumed run is the same run."""
     file = run_dir / "wandb_id"
-    if not file.exists():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file.write_text(uuid.uuid4().hex[:8])
-    return file.read_text().strip()
+    known = file.read_text().strip() if file.exists() else ""
+    if not known and is_first_process():  # the others log nothing, and need no id
+        known = uuid.uuid4().hex[:8]
+        write_whole(file, known)
+    return known
 
 
 def close_wandb() -> None:

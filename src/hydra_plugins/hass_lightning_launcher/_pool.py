@@ -208,6 +208,7 @@ class Pool:
             return self._done(cell, self._note(cell, "stopped", seconds=values["seconds"], error="stopped"))
         if code == REQUEUE_EXIT_CODE and cell.num_requeues < self.max_requeues:
             cell.num_requeues += 1
+            cell.command = [word for word in cell.command if not word.startswith("fresh=")]  # it goes on from its state
             log.info("#%d %s saved its state and asked to be started again", cell.num, cell.name)
             return self._note(cell, "requeued", seconds=values["seconds"])
         error = job.error(code)
