@@ -43,6 +43,19 @@ def test_both_kinds_of_answers_have_the_same_questions(tiny, tmp_path):
         assert (conversation.messages[-1].content, conversation.finished) == (written, ended)
 
 
+def test_a_question_that_fills_the_context_is_left_out_of_both(tiny, tmp_path, caplog):
+    class Long(Chats):
+        def load(self, target):
+            endless = (Message("user", "word " * tiny.max_length), Message("assistant", "b"))
+            return [Conversation("endless", endless), *super().load(target)]
+
+    for answers in ("given", "own"):
+        found = FirstTurns(Long(), answers, str(tmp_path), max_tokens=6).load(tiny)
+        assert [c.id for c in found] == ["0", "system", "1", "2", "3"]
+        assert "1 questions leave no room" in caplog.text
+        caplog.clear()
+
+
 def test_an_interrupted_run_goes_on_and_other_settings_have_a_file_of_their_own(tiny, tmp_path, monkeypatch):
     whole = turns(tiny, tmp_path, "own", num_questions=3)
     (file,) = tmp_path.glob("answers-*.jsonl")

@@ -221,3 +221,12 @@ def test_the_ends_alone_are_the_same_target_without_layers(tiny):
 def test_sizes_are_checked_against_the_config(tiny):
     with pytest.raises(ValueError, match=r"target\.sizes says \{'hidden_size': 65\}"):
         TargetModel.load(tiny.folder, "tiny", dtype="float32", sizes={"hidden_size": 65, "vocab_size": 259})
+
+
+def test_logits_that_the_lm_head_does_not_end_with_are_refused(tiny):
+    from copy import deepcopy
+
+    model = deepcopy(tiny.model)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0"):
+        TargetModel(model, tiny.tokenizer, "capped", tiny.folder)

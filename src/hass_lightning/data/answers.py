@@ -50,11 +50,19 @@ class FirstTurns:
     def load(self, target: TargetModel) -> list[Conversation]:
         """The conversations, all of one turn; both kinds of answers have the same questions in the same order."""
         given: list[Conversation] = []
+        num_long = 0
         for conversation in self.source.load(target):
             roles = [message.role for message in conversation.messages]
             if "assistant" in roles and len(given) < self.num_questions:
                 end = roles.index("assistant") + 1
+                question = encode_prompt(target.tokenizer, conversation.messages[: end - 1])
+                if len(question) + self.max_tokens > target.max_length:
+                    num_long += 1
+                    continue
                 given.append(replace(conversation, messages=conversation.messages[:end], finished=True))
+        if num_long:
+            log.warning("%d questions leave no room for an answer of data.source.max_tokens=%d in the target's context",
+                        num_long, self.max_tokens)  # fmt: skip
         return given if self.answers == "given" else self._own(target, given)
 
     def _own(self, target: TargetModel, given: Sequence[Conversation]) -> list[Conversation]:

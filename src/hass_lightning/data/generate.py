@@ -84,6 +84,11 @@ def write_texts(
     if not waiting:
         return
     capacity = max(len(request.prompt) for request in waiting) + max_new_tokens
+    if capacity > target.max_length:
+        raise ValueError(
+            f"a prompt and {max_new_tokens} new tokens are {capacity} tokens, but target {target.name} takes "
+            f"{target.max_length}: write less, or leave the prompt out."
+        )
     batch_size = min(batch_size, len(waiting))
     cache = target.new_cache(batch_size, capacity)
     slots: list[_Slot | None] = [None] * batch_size

@@ -110,6 +110,12 @@ class TargetModel:
         self.name = name
         self.folder = Path(folder)
         self.config = model.config
+        for key, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
+            if (value := getattr(model.config, key, neutral)) not in (None, neutral):
+                raise ValueError(
+                    f"target {name} changes its logits after the LM head ({key}={value}), which is not supported: "
+                    "sampled answers would not be the model's own. Take a LLaMA-like target."
+                )
         self.head_only = False  # the layers between embedding and LM head were left out
         lm_head = model.get_output_embeddings()
         self.head = TargetHead(model.get_input_embeddings().weight, lm_head.weight, getattr(lm_head, "bias", None))
