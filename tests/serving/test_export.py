@@ -59,7 +59,7 @@ def test_each_engine_gets_its_own_keys(tiny, tmp_path, format, fc_bias):
     tensors, config = read(folder)
     extra = {"fc.bias"} if fc_bias or format == "sglang" else set()
     assert set(tensors) == KEYS | extra | ({"embed_tokens.weight"} if format == "eagle" else set())
-    assert config["architectures"] == ["LlamaForCausalLM" if format == "eagle" else "LlamaForCausalLMEagle"]
+    assert config["architectures"] == ["LlamaForCausalLM" if format in ("eagle", "vllm") else "LlamaForCausalLMEagle"]
     assert ("bias" in config) == (format == "eagle")
     if format == "eagle":
         assert config["bias"] is fc_bias

