@@ -44,6 +44,7 @@ from hass_lightning.checks.machine import (
     check_accelerator,
     check_attention,
     check_precision,
+    check_target_device,
     check_threads,
     check_versions,
 )
@@ -105,7 +106,7 @@ def main(config: DictConfig) -> dict[str, Any]:
     seen.stage("machine", lambda: examine_machine(config, on_gpu))
     target: TargetModel | None = seen.stage("target", lambda: instantiate(config.target))
     if target is not None:
-        seen.stage("target", lambda: examine_target(target))
+        seen.stage("target", lambda: examine_target(target, on_gpu))
         data = seen.stage("data", lambda: instantiate(config.data)(target=target))
         if data is not None and seen.stage("data", lambda: examine_data(config, data, console)) is not None:
             examine_model(config, data, seen, torch.device("cuda" if on_gpu else "cpu"))
@@ -124,9 +125,10 @@ def examine_machine(config: DictConfig, on_gpu: bool) -> list[Finding]:
     return [check_versions(), check_accelerator(config.trainer.accelerator), check_threads(num_processes, on_gpu)]
 
 
-def examine_target(target: TargetModel) -> list[Finding]:
+def examine_target(target: TargetModel, on_gpu: bool) -> list[Finding]:
     """The frozen LLM by itself."""
-    return [check_target_weights(target), check_special_tokens(target), check_attention(target)]
+    checks = check_target_weights(target), check_special_tokens(target), check_attention(target)
+    return [*checks, check_target_device(target, on_gpu)]
 
 
 def examine_data(config: DictConfig, data: FeatureDataModule, console: Console) -> list[Finding]:

@@ -207,3 +207,10 @@ def test_machine(tiny, monkeypatch):
     assert machine.check_precision("bf16-mixed", torch.float32, False).status == "warning"
     assert machine.check_precision("32-true", torch.float32, False).status == "ok"
     assert machine.check_attention(tiny).status == "ok"
+
+
+def test_a_head_on_the_gpu_with_its_target_on_the_cpu_is_an_error(tiny):
+    assert machine.check_target_device(tiny, on_gpu=False).status == "ok"
+    finding = machine.check_target_device(tiny, on_gpu=True)
+    assert (finding.check, finding.status) == ("target_device", "error")
+    assert "target.device=cuda" in finding.cure

@@ -233,6 +233,12 @@ def test_eager_attention_is_refused(tiny):
         TargetModel.load(tiny.folder, "tiny", attn_implementation="eager")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_device_that_is_not_there_names_the_key(tiny):
+    with pytest.raises(ValueError, match=r"target\.device=cuda:0.*target\.device=cpu"):
+        TargetModel.load(tiny.folder, "tiny", device="cuda:0")
+
+
 def test_an_unknown_dtype_is_refused(tiny):
     with pytest.raises(ValueError, match=r"target\.dtype=float8"):
         TargetModel.load(tiny.folder, "tiny", dtype="float8")
