@@ -157,7 +157,7 @@ def examine_data(config: DictConfig, data: FeatureDataModule, console: Console) 
     ]
     if found.encoded:
         findings += [
-            check_alignment(tokenizer, found.encoded),
+            check_alignment(tokenizer, found.encoded, data.last_turn_only),
             check_end_of_turn(tokenizer, found.encoded, ends),
             check_bos(tokenizer, found.encoded),
         ]
