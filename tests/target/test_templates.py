@@ -132,3 +132,26 @@ def test_a_template_that_takes_no_system_turn_skips_the_conversation(tiny):
     )
     with pytest.raises(SkippedConversation, match="the chat template refuses it: no system role"):
         encode_conversation(tokenizer, Conversation("c", talk(("system", "s")) + TWO), 500)
+
+
+# Qwen2.5's way with calls and results, shortened
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% for c in m.tool_calls or [] %}"
+    "<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_tool_call_is_learned_as_the_template_writes_it_and_a_result_is_not(tiny):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    function = {"name": "add", "arguments": {"a": 2}}
+    asked = Message("assistant", "", ({"type": "function", "function": function},))
+    messages = (*talk(("user", "q")), asked, *talk(("tool", "5"), ("assistant", "five")))
+    tokenizer.chat_template = CALLS
+    tokens = encode_conversation(tokenizer, Conversation("c", messages), 500, tiny.eos_token_ids)
+    learned = tokenizer.decode(tokens.input_ids.roll(-1)[tokens.loss_mask])
+    assert learned == '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>five'
+    assert check_alignment(tokenizer, [(Conversation("c", messages), tokens)]).status == "ok"
+    tokenizer.chat_template = tiny.tokenizer.chat_template
+    with pytest.raises(SkippedConversation, match="drops tool calls"):
+        encode_conversation(tokenizer, Conversation("c", messages), 500, tiny.eos_token_ids)

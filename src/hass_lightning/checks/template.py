@@ -57,6 +57,8 @@ def check_alignment(tokenizer, encoded: Encoded, last_turn_only: bool = False) -
     """What the mask marks are the answers (or the last): all of them and nothing else, end-of-turn tokens left out."""
     wrong, wide, example = 0, 0, ""
     for conversation, tokens in encoded:
+        if any(message.tool_calls for message in conversation.messages):
+            continue  # every template writes calls in its own way: there is no text to compare with
         answers = _answers(tokenizer, conversation, last_turn_only)
         marked = _squash(tokenizer.decode(learned_ids(tokens), skip_special_tokens=False))
         rest = _beside(marked, answers)
