@@ -177,7 +177,7 @@ def examine_model(config: DictConfig, data: FeatureDataModule, seen: Examination
     target = data.target
     tokens = seen.stage("tokens", data.tokens)
     built = tokens and seen.stage("model", lambda: build_module(config, data))
-    trainer = built and seen.stage("trainer", lambda: make_trainer(config, data, [], []))
+    trainer = built and seen.stage("trainer", lambda: make_trainer(config, data, [], [], built[0]))
     if not trainer:
         return
     module, coverage = built
