@@ -168,6 +168,17 @@ def test_the_command_line_wins_over_the_experiment():
     assert (config.data.batch_size, config.model.optimizer.lr, config.trainer.devices) == (2, 1, 2)
 
 
+@pytest.mark.parametrize("path", sorted((CONF / "target").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_target_has_a_device_and_the_large_ones_a_gpu(path):
+    node, name = OmegaConf.load(path), path.stem
+    if "defaults" in node or "smollm2" in name or name == "tiny":
+        assert "defaults" in node or node.device == "cpu"
+        return
+    assert node.device == "cuda:0"
+    assert node.device_map == ("auto" if "70b" in name or "32b" in name else None)
+    assert node.head_only is False
+
+
 def test_run_names_are_the_same_for_the_same_command_and_differ_for_another():
     assert run_name("") == "quickstart"
     assert run_name("experiment=smoke") == "smoke"

@@ -55,6 +55,15 @@ def test_a_sound_config_passes_and_a_saved_head_is_looked_at(call_command, tmp_p
 
 
 @pytest.mark.slow
+def test_a_budget_is_an_end_for_the_doctor_as_for_the_run(call_command, tmp_path):
+    write_chats(tmp_path)
+    budget = ("trainer.max_epochs=-1", "compute.tokens=200", "overfit_steps=0")
+    done = call_command("doctor", *WORDS, "data.max_length=512", *budget)
+    assert done.code == 0, done.out
+    assert ("time", "ok") in findings(done)[1]
+
+
+@pytest.mark.slow
 def test_planted_faults_end_with_an_error_code_and_their_cures(call_command, tmp_path):
     write_chats(tmp_path, lambda text: f"<|im_start|>{text}<|im_end|>")
     (tmp_path / "head").mkdir()

@@ -44,6 +44,7 @@ from hass_lightning.checks.machine import (
     check_accelerator,
     check_attention,
     check_precision,
+    check_target_device,
     check_threads,
     check_versions,
 )
@@ -106,7 +107,7 @@ def main(config: DictConfig) -> dict[str, Any]:
     seen.stage("machine", lambda: examine_machine(config, on_gpu))
     target: TargetModel | None = seen.stage("target", lambda: instantiate(config.target))
     if target is not None:
-        seen.stage("target", lambda: examine_target(target))
+        seen.stage("target", lambda: examine_target(target, on_gpu))
         data = seen.stage("data", lambda: instantiate(config.data)(target=target))
         if data is not None and seen.stage("data", lambda: examine_data(config, data, console)) is not None:
             examine_model(config, data, seen, torch.device("cuda" if on_gpu else "cpu"))
@@ -125,9 +126,10 @@ def examine_machine(config: DictConfig, on_gpu: bool) -> list[Finding]:
     return [check_versions(), check_accelerator(config.trainer.accelerator), check_threads(num_processes, on_gpu)]
 
 
-def examine_target(target: TargetModel) -> list[Finding]:
+def examine_target(target: TargetModel, on_gpu: bool) -> list[Finding]:
     """The frozen LLM by itself."""
-    return [check_target_weights(target), check_special_tokens(target), check_attention(target)]
+    checks = check_target_weights(target), check_special_tokens(target), check_attention(target)
+    return [*checks, check_target_device(target, on_gpu)]
 
 
 def examine_data(config: DictConfig, data: FeatureDataModule, console: Console) -> list[Finding]:
@@ -156,7 +158,7 @@ def examine_data(config: DictConfig, data: FeatureDataModule, console: Console) 
     ]
     if found.encoded:
         findings += [
-            check_alignment(tokenizer, found.encoded),
+            check_alignment(tokenizer, found.encoded, data.last_turn_only),
             check_end_of_turn(tokenizer, found.encoded, ends),
             check_bos(tokenizer, found.encoded),
         ]
@@ -176,7 +178,7 @@ def examine_model(config: DictConfig, data: FeatureDataModule, seen: Examination
     target = data.target
     tokens = seen.stage("tokens", data.tokens)
     built = tokens and seen.stage("model", lambda: build_module(config, data))
-    trainer = built and seen.stage("trainer", lambda: make_trainer(config, data, [], []))
+    trainer = built and seen.stage("trainer", lambda: make_trainer(config, data, [], [], built[0]))
     if not trainer:
         return
     module, coverage = built

@@ -54,7 +54,7 @@ def main(config: DictConfig) -> dict[str, Any]:
     }
     if config.upload:
         result["url"] = upload(output_dir, config.upload, config.private)
-    log.info("served with: %s", profile.serve.format(folder=output_dir, target=target.folder))
+    log.info("served with: %s", profile.command(output_dir, target.folder, saved.token_ids is not None))
     return result
 
 

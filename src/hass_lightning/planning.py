@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from hass_lightning.data.tokens import encode_all, load_tokenizer
 from hass_lightning.estimate import DEVICES, Sizes, Workload, plan
 from hass_lightning.target.model import resolve_dtype, working_dtype
-from hass_lightning.target.source import hub_folder
+from hass_lightning.target.source import TOKENIZER_FILES, hub_folder
 from hass_lightning.training.strategy import num_processes
 
 
@@ -45,8 +45,8 @@ def useful_flops(estimate: DictConfig) -> float:
 
 
 def _folder(target: DictConfig) -> Path:
-    """The folder of a target; made or downloaded if it is not there."""
-    return hub_folder(str(instantiate(target.path)), target.get("revision"))
+    """A folder with config and tokenizer of a target; made or downloaded if it is not there."""
+    return hub_folder(str(instantiate(target.path)), target.get("revision"), patterns=TOKENIZER_FILES)
 
 
 def target_sizes(target: DictConfig) -> Sizes:

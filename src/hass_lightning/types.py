@@ -19,10 +19,11 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation; `tool_calls` (of an assistant) as the chat templates of transformers take them."""
 
     role: Role
     content: str
+    tool_calls: tuple[dict[str, Any], ...] = field(default=(), hash=False)
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class Conversation:
         return next((message.content for message in self.messages if message.role == "user"), "")
 
     def without_answers(self) -> Conversation:
-        """What a benchmark asks: the same turns without the assistant's."""
-        return Conversation(self.id, tuple(m for m in self.messages if m.role != "assistant"), self.category)
+        """What a benchmark asks: the same turns without the assistant's, and without the tool results it asked for."""
+        asked = tuple(m for m in self.messages if m.role not in ("assistant", "tool"))
+        return Conversation(self.id, asked, self.category)
 
 
 @dataclass(frozen=True)

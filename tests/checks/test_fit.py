@@ -17,9 +17,9 @@ from hass_lightning.checks.fit import (
     check_target_weights,
     check_vocabulary,
 )
-from hass_lightning.checks.head import check_head
+from hass_lightning.checks.head import check_head, check_head_rope
 from hass_lightning.data.features import extract_features
-from hass_lightning.draft import EagleDraft, save_draft
+from hass_lightning.draft import EagleDraft, load_draft, save_draft
 from hass_lightning.target.source import sha256_file
 from hass_lightning.types import Tokens
 
@@ -81,6 +81,7 @@ FAULTS = {
     # theme 11: rope and long context dropped
     "another theta": ({"rope_parameters": None, "rope_theta": 5e5}, "head_rope", "error", ["rope_theta", "500000"]),
     "another scaling": ({"rope_parameters": SCALED}, "head_rope", "error", ["rope_type is 'linear'", "factor"]),
+    "a theta in one spelling": ({"rope_theta": 5e5}, "head_rope", "error", ["500000", "rope_theta and rope_scaling"]),
     "a short rotary cache": ({"max_position_embeddings": 1024}, "head_config", "error", ["max_position_embeddings"]),
     "no positions": ({"max_position_embeddings": "absent"}, "head_config", "error", ["max_position_embeddings"]),
 }  # fmt: skip
@@ -90,6 +91,32 @@ def test_a_right_head_is_left_in_peace(head, tiny):
     same = {"embed_tokens.weight": lambda _: tiny.head.embed_tokens.bfloat16(), "fc.bias": lambda _: torch.zeros(64)}
     old_spelling = {"rope_parameters": None, "rope_theta": 10_000.0, "rope_scaling": None}
     assert head(same, **old_spelling) == {}
+
+
+def test_a_theta_that_transformers_4_would_not_find_is_named(tiny, tmp_path):
+    other = SimpleNamespace(config=copy.deepcopy(tiny.config))
+    other.config.rope_parameters["rope_theta"] = 500_000.0
+    folder = save_draft(tmp_path / "head", EagleDraft.from_target(other.config), None, {})
+    raw = json.loads((folder / "config.json").read_text())
+    assert (raw["rope_theta"], raw["rope_scaling"]) == (500_000.0, None)
+    assert check_head_rope(raw, other).status == "ok"
+    del raw["rope_theta"]
+    finding = check_head_rope(raw, other)
+    assert finding.status == "error"
+    assert "rope_theta is 10000.0 in rope_theta and rope_scaling, the target's 500000.0" in finding.message
+    del raw["rope_parameters"]
+    assert check_head_rope(raw | {"rope_theta": 500_000.0}, other).status == "ok"
+
+
+def test_a_scaled_head_is_read_back_with_the_rope_it_was_saved_with(tiny, tmp_path):
+    config = copy.deepcopy(tiny.config)
+    config.rope_parameters = SCALED
+    draft = EagleDraft.from_target(config)
+    folder = save_draft(tmp_path / "head", draft, None, {})
+    assert load_draft(folder).draft.config.rope_parameters == draft.config.rope_parameters
+    assert (
+        check_head_rope(json.loads((folder / "config.json").read_text()), SimpleNamespace(config=config)).status == "ok"
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -207,3 +234,10 @@ def test_machine(tiny, monkeypatch):
     assert machine.check_precision("bf16-mixed", torch.float32, False).status == "warning"
     assert machine.check_precision("32-true", torch.float32, False).status == "ok"
     assert machine.check_attention(tiny).status == "ok"
+
+
+def test_a_head_on_the_gpu_with_its_target_on_the_cpu_is_an_error(tiny):
+    assert machine.check_target_device(tiny, on_gpu=False).status == "ok"
+    finding = machine.check_target_device(tiny, on_gpu=True)
+    assert (finding.check, finding.status) == ("target_device", "error")
+    assert "target.device=cuda" in finding.cure

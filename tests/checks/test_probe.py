@@ -113,3 +113,13 @@ def test_a_tensor_lost_between_saving_and_reading_is_named(tiny, module, tmp_pat
     monkeypatch.setattr(overfit, "load_draft", load)
     findings = check_overfit(tiny, module, QUESTIONS, tmp_path)
     assert [(f.check, f.status) for f in findings] == [("overfit", "ok"), ("reload", "error")]
+
+
+def test_a_head_that_the_gate_refuses_is_named(tiny, module, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("the exported head computes other logits than the trained one")
+
+    monkeypatch.setattr("hass_lightning.serving.gate.parity", refuse)
+    findings = check_overfit(tiny, module, QUESTIONS, tmp_path)
+    assert [(f.check, f.status) for f in findings] == [("overfit", "ok"), ("reload", "error")]
+    assert "computes other logits" in findings[1].message

@@ -8,6 +8,7 @@ import torch
 
 from hass_lightning.data.eight_bit import dequantize, fidelity, quantize
 from hass_lightning.data.features import bytes_per_token, extract_features
+from hass_lightning.data.manifest import write_feature_manifest
 from hass_lightning.types import Tokens
 
 
@@ -58,3 +59,14 @@ def test_a_store_in_eight_bits_says_its_bytes_and_how_faithful_it_is(tiny, tmp_p
         assert near.keys() == exact.keys()
         assert 0 < float((near["features"] - exact["features"]).abs().max()) < 0.05
         assert torch.equal(near["target_ids"], exact["target_ids"])
+
+
+def test_runs_on_features_in_eight_bits_and_in_full_have_other_keys(tiny, tmp_path):
+    tokens = [Tokens("a", torch.arange(3, 33), torch.arange(30) > 9)]
+    keys = []
+    for eight_bit in (False, True):
+        store = extract_features(tiny, tokens, tmp_path, eight_bit=eight_bit)
+        keys.append(write_feature_manifest(tmp_path / "features.json", tiny, (tokens, tokens), (store, store)))
+    assert keys[0]["train"] != keys[1]["train"]
+    online = write_feature_manifest(tmp_path / "features.json", tiny, (tokens, tokens), (None, None))
+    assert online == keys[0]  # the same numbers, wherever they lie

@@ -60,7 +60,48 @@ SKIPPED = [
     (openai(("user", "a"), ("user", "b")), "roles out of order"),
     (openai(("user", "a"), ("assistant", "b"), ("assistant", "c")), "roles out of order"),
     (openai(("system", "s")), "roles out of order"),
+    (openai(("tool", "t"), ("user", "a"), ("assistant", "b")), "roles out of order"),
+    (
+        openai(("user", "a"), ("assistant", "b"), ("tool", "t"), ("assistant", "c"), ("assistant", "d")),
+        "roles out of order",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": "add"}]},
+        "malformed tool_calls",
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]},
+            ]
+        },
+        "malformed tool_calls",
+    ),
 ]
+
+
+def call(arguments):
+    return [{"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}]
+
+
+def with_call(arguments, *more, content=None):
+    turns = [
+        {"role": "user", "content": "2+3?"},
+        {"role": "assistant", "content": content, "tool_calls": call(arguments)},
+    ]
+    return {"messages": [*turns, *({"role": role, "content": text} for role, text in more)]}
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 2, "b": 3}', {"a": 2, "b": 3}])
+def test_tool_calls_and_their_results_stand_between_assistant_turns(arguments):
+    turns = ("tool", "5"), ("tool", "really"), ("assistant", "It is 5."), ("user", "Thanks"), ("assistant", "Welcome")
+    messages = parse_conversation(with_call(arguments, *turns), "x").messages
+    assert [message.role for message in messages] == ["user", "assistant", *(role for role, _ in turns)]
+    assert messages[1].content == ""
+    assert messages[1].tool_calls == ({"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}},)
+    conversation = parse_conversation(with_call(arguments, *turns), "x")
+    assert [m.role for m in conversation.without_answers().messages] == ["user", "user"]
 
 
 @pytest.mark.parametrize(("record", "reason"), SKIPPED, ids=lambda value: str(value)[:60])

@@ -64,6 +64,7 @@ def test_each_engine_gets_its_own_keys(tiny, tmp_path, format, fc_bias):
     if format == "eagle":
         assert config["bias"] is fc_bias
         assert torch.equal(tensors["embed_tokens.weight"], tiny.head.embed_tokens)
+    assert "--speculative-token-map" not in (folder / "README.md").read_text()
     if format == "sglang" and not fc_bias:
         assert not tensors["fc.bias"].any()
     assert set(manifest["files"]) == {"README.md", "config.json", "model.safetensors"}
@@ -95,6 +96,7 @@ def test_a_pruned_vocabulary_has_a_map_for_sglang_and_a_warning_elsewhere(tiny, 
     saved = make_head(tiny, token_ids=torch.tensor([1, 5, 9]))
     export_head(saved, tiny, "sglang", tmp_path / "sglang")
     assert torch.load(tmp_path / "sglang" / "hot_token_ids.pt", weights_only=True) == [1, 5, 9]
+    assert "--speculative-token-map sglang/hot_token_ids.pt\n" in (tmp_path / "sglang" / "README.md").read_text()
     assert not caplog.records
     export_head(saved, tiny, "vllm", tmp_path / "vllm")
     assert "no place for a draft vocabulary of 3 tokens" in caplog.text

@@ -1,6 +1,7 @@
 """Where a target comes from: an installed package, a wheel, a folder, the hub; each failure in one sentence."""
 
 import hashlib
+import json
 import logging
 import socket
 import sys
@@ -225,12 +226,56 @@ def test_the_cache_is_asked_before_the_hub(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda path, local_files_only=False, **_: str(tmp_path))
     monkeypatch.setattr(source, "_hub_answers", lambda: pytest.fail("the hub was asked"))
+    (tmp_path / "config.json").touch()
+    (tmp_path / "model.safetensors").touch()
     assert hub_folder("owner/name") == tmp_path
+
+
+@pytest.mark.parametrize(
+    "cached",
+    [
+        ["tokenizer.json"],
+        ["tokenizer.json", "config.json"],
+        ["tokenizer.json", "model.safetensors"],
+        ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"],
+    ],
+    ids=str,
+)
+def test_a_model_of_which_the_cache_holds_a_part_is_downloaded(monkeypatch, tmp_path, cached):
+    import huggingface_hub
+
+    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    for name in cached:
+        (tmp_path / name).write_text(json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}))
+    asked = []
+
+    def download(path, local_files_only=False, **_):
+        asked.append(local_files_only)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(source, "_hub_answers", lambda: True)
+    assert hub_folder("owner/name") == tmp_path
+    assert asked == [True, False]
+    monkeypatch.setattr(source, "_hub_answers", lambda: False)
+    with pytest.raises(ValueError, match=r"not all of it.*hf download owner/name"):
+        hub_folder("owner/name")
+    for name in ("config.json", *shards):
+        (tmp_path / name).touch()
+    asked.clear()
+    assert hub_folder("owner/name") == tmp_path
+    assert asked == [True]
 
 
 def test_eager_attention_is_refused(tiny):
     with pytest.raises(ValueError, match=r"target\.attn_implementation=eager"):
         TargetModel.load(tiny.folder, "tiny", attn_implementation="eager")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_device_that_is_not_there_names_the_key(tiny):
+    with pytest.raises(ValueError, match=r"target\.device=cuda:0.*target\.device=cpu"):
+        TargetModel.load(tiny.folder, "tiny", device="cuda:0")
 
 
 def test_an_unknown_dtype_is_refused(tiny):

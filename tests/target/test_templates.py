@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from hass_lightning.checks.template import check_alignment
 from hass_lightning.data.prompts import SkippedConversation
 from hass_lightning.data.tokens import encode_conversation, encode_prompt, render
 from hass_lightning.target import TargetModel
@@ -81,6 +82,7 @@ def test_r1_keeps_the_reasoning_in_the_mask(load):
         assert text.startswith(render(tokenizer, messages[:1], add_generation_prompt=True))
         tokens = encode_conversation(tokenizer, Conversation("c", messages), 500, target.eos_token_ids)
         assert tokenizer.decode(tokens.input_ids.roll(-1)[tokens.loss_mask]) == thought
+        assert check_alignment(tokenizer, [(Conversation("c", messages), tokens)]).status == "ok"
 
 
 # Qwen3 and R1: earlier answers lose their reasoning, so that no prefix of the text holds
@@ -106,6 +108,8 @@ def test_the_last_turn_alone_can_be_learned_where_earlier_ones_are_rewritten(tin
         assert text.endswith(f"{last}<|im_end|>\n")
         assert first not in text
         assert tokenizer.decode(tokens.input_ids.roll(-1)[tokens.loss_mask]) == last
+        assert check_alignment(tokenizer, [(conversation, tokens)], last_turn_only=True).status == "ok"
+        assert check_alignment(tokenizer, [(conversation, tokens)]).status == "error"
         prompt = encode_prompt(tokenizer, messages[:4])
         assert tokens.input_ids[: len(prompt)].tolist() == prompt
     with pytest.raises(SkippedConversation, match="empty loss mask"):
@@ -128,3 +132,26 @@ def test_a_template_that_takes_no_system_turn_skips_the_conversation(tiny):
     )
     with pytest.raises(SkippedConversation, match="the chat template refuses it: no system role"):
         encode_conversation(tokenizer, Conversation("c", talk(("system", "s")) + TWO), 500)
+
+
+# Qwen2.5's way with calls and results, shortened
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% for c in m.tool_calls or [] %}"
+    "<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_tool_call_is_learned_as_the_template_writes_it_and_a_result_is_not(tiny):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    function = {"name": "add", "arguments": {"a": 2}}
+    asked = Message("assistant", "", ({"type": "function", "function": function},))
+    messages = (*talk(("user", "q")), asked, *talk(("tool", "5"), ("assistant", "five")))
+    tokenizer.chat_template = CALLS
+    tokens = encode_conversation(tokenizer, Conversation("c", messages), 500, tiny.eos_token_ids)
+    learned = tokenizer.decode(tokens.input_ids.roll(-1)[tokens.loss_mask])
+    assert learned == '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>five'
+    assert check_alignment(tokenizer, [(Conversation("c", messages), tokens)]).status == "ok"
+    tokenizer.chat_template = tiny.tokenizer.chat_template
+    with pytest.raises(SkippedConversation, match="drops tool calls"):
+        encode_conversation(tokenizer, Conversation("c", messages), 500, tiny.eos_token_ids)

@@ -77,10 +77,8 @@ def check_config(raw: dict[str, Any], target: TargetModel) -> list[Finding]:
     return findings or [ok("head_config", "sizes, layers, tokens and positions are the target's")]
 
 
-def rope_of(raw: dict[str, Any]) -> dict[str, Any]:
-    """The rope settings of a config.json, in either spelling."""
-    if raw.get("rope_parameters"):
-        return dict(raw["rope_parameters"])
+def old_rope(raw: dict[str, Any]) -> dict[str, Any]:
+    """The rope settings that transformers 4 (and engines of its time) read of a config.json."""
     scaling = dict(raw.get("rope_scaling") or {})
     kind = scaling.pop("type", None)
     rope = {"rope_theta": raw.get("rope_theta", 10_000.0), "rope_type": kind or "default"}
@@ -89,11 +87,17 @@ def rope_of(raw: dict[str, Any]) -> dict[str, Any]:
 
 def check_head_rope(raw: dict[str, Any], target: TargetModel) -> Finding:
     """Rope of the saved head is the target's: dropped scaling shows at long contexts alone."""
-    own, wanted = rope_of(raw), dict(draft_config(target.config).rope_parameters or {})
-    different = {key: (own.get(key), wanted.get(key)) for key in own | wanted if own.get(key) != wanted.get(key)}
-    if different:
-        message = "; ".join(f"{key} is {a!r}, the target's {b!r}" for key, (a, b) in different.items())
-        return error("head_rope", message, "write the target's rope_theta and rope_scaling, and rope_parameters.")
+    wanted = dict(draft_config(target.config).rope_parameters or {})
+    spellings = {"rope_theta and rope_scaling": old_rope(raw), "rope_parameters": raw.get("rope_parameters") or wanted}
+    wrong = [
+        f"{key} is {own.get(key)!r} in {spelling}, the target's {wanted.get(key)!r}"
+        for spelling, own in spellings.items()
+        for key in own | wanted
+        if own.get(key) != wanted.get(key)
+    ]
+    if wrong:
+        cure = "write the target's values in both spellings, as hass-export does: engines differ in which they read."
+        return error("head_rope", "; ".join(wrong), cure)
     return ok("head_rope", f"rope is the target's ({wanted.get('rope_type', 'default')})")
 
 

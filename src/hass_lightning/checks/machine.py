@@ -75,3 +75,11 @@ def check_attention(target: TargetModel) -> Finding:
         message = f"the target's attention is {backend}: tree masks were checked with sdpa alone"
         return warning("attention", message, "set target.attn_implementation=sdpa.")
     return ok("attention", f"{backend} on {target.device}")
+
+
+def check_target_device(target: TargetModel, on_gpu: bool) -> Finding:
+    """A head that trains on a GPU has its target there, too: features, verification and LM head are its work."""
+    if on_gpu and target.device.type == "cpu":
+        message = "the head trains on a GPU, its target computes on the CPU"
+        return error("target_device", message, "set target.device=cuda, or trainer=cpu to train on the CPU as well.")
+    return ok("target_device", f"target on {target.device}")

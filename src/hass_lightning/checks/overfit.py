@@ -15,7 +15,8 @@ from hass_lightning.data.datamodule import FeatureDataset, collate
 from hass_lightning.data.features import extract_features
 from hass_lightning.data.tokens import encode_prompt
 from hass_lightning.decoding import Autoregressive, Chain, DecodingModels
-from hass_lightning.draft import SavedDraft, load_draft, save_draft
+from hass_lightning.draft import SavedDraft, load_draft
+from hass_lightning.serving import export_head
 from hass_lightning.target.model import TargetModel
 from hass_lightning.training.module import HassModule
 from hass_lightning.types import Conversation, DecodeResult, Tokens
@@ -62,7 +63,7 @@ def check_overfit(
     max_steps: int = 400,
     every: int = 20,
 ) -> list[Finding]:
-    """Train `module` (a fresh one) on one conversation until its chain is accepted; save, read back, decode again.
+    """Train `module` (a fresh one) on one conversation until its chain is accepted; export, read back, decode again.
 
     The composed loss terms and alignment are used; optimizer and precision are not (AdamW, float32). A pruned
     vocabulary is widened by the answer's tokens.
@@ -110,10 +111,19 @@ def check_overfit(
             "with model/loss=hass."
         )
         return [error("overfit", f"{learned} (chain of {decoder.depth})", cure)]
-    save_draft(folder / "head", module.draft, module.token_ids, {"target": target.name})
+    try:
+        saved = SavedDraft(module.draft, module.token_ids, {"target": target.name})
+        export_head(saved, target, "hub", folder / "head")
+    except ValueError as refusal:
+        return [ok("overfit", learned), error("reload", f"hass-export would refuse the head: {refusal}")]
     again = chain(load_draft(folder / "head"))
     if (again.token_ids, again.accepted) != (result.token_ids, result.accepted):
         kept, offered = accepted(again)
-        message = f"saved and read back, the head has {kept} of {offered} drafted tokens accepted, all of them before"
-        return [ok("overfit", learned), error("reload", message, "what is saved is not what was trained: report it.")]
-    return [ok("overfit", learned), ok("reload", "saved and read back, the head drafts the same tokens")]
+        message = (
+            f"exported and read back, the head has {kept} of {offered} drafted tokens accepted, all of them before"
+        )
+        return [
+            ok("overfit", learned),
+            error("reload", message, "what is exported is not what was trained: report it."),
+        ]
+    return [ok("overfit", learned), ok("reload", "exported and read back, the head drafts the same tokens")]

@@ -11,8 +11,10 @@ from itertools import groupby
 from rich.text import Text
 
 from hass_lightning.checks.finding import Finding, error, ok, warning
+from hass_lightning.data.tokens import render
 from hass_lightning.types import Conversation, Tokens
 
+THINK = "<think>"
 Encoded = Sequence[tuple[Conversation, Tokens]]
 MARKERS = ("<|im_start|>", "<|start_header_id|>", "[INST]")  # of templates other than the tokenizer's own
 
@@ -37,11 +39,27 @@ def _beside(marked: str, answers: list[str]) -> str | None:
     return rest + marked
 
 
-def check_alignment(tokenizer, encoded: Encoded) -> Finding:
-    """What the mask marks are the answers: all of them and nothing else, end-of-turn tokens left out."""
+def _answers(tokenizer, conversation: Conversation, last_turn_only: bool) -> list[str]:
+    """What the mask should mark, squashed: an answer's leading <think> is not the head's where the prompt holds it."""
+    messages = conversation.messages
+    numbers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    answers = []
+    for number in numbers[-1:] if last_turn_only else numbers:
+        answer = _squash(messages[number].content)
+        if answer.startswith(THINK):
+            prompt = _squash(render(tokenizer, messages[:number], add_generation_prompt=True))
+            answer = answer.removeprefix(THINK) if prompt.endswith(THINK) else answer
+        answers.append(answer)
+    return answers
+
+
+def check_alignment(tokenizer, encoded: Encoded, last_turn_only: bool = False) -> Finding:
+    """What the mask marks are the answers (or the last): all of them and nothing else, end-of-turn tokens left out."""
     wrong, wide, example = 0, 0, ""
     for conversation, tokens in encoded:
-        answers = [_squash(m.content) for m in conversation.messages if m.role == "assistant"]
+        if any(message.tool_calls for message in conversation.messages):
+            continue  # every template writes calls in its own way: there is no text to compare with
+        answers = _answers(tokenizer, conversation, last_turn_only)
         marked = _squash(tokenizer.decode(learned_ids(tokens), skip_special_tokens=False))
         rest = _beside(marked, answers)
         if rest == "":

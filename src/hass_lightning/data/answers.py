@@ -55,10 +55,11 @@ class FirstTurns:
             roles = [message.role for message in conversation.messages]
             if "assistant" in roles and len(given) < self.num_questions:
                 end = roles.index("assistant") + 1
-                question = encode_prompt(target.tokenizer, conversation.messages[: end - 1])
-                if len(question) + self.max_tokens > target.max_length:
-                    num_long += 1
-                    continue
+                if target is not None:  # a plan has none
+                    question = encode_prompt(target.tokenizer, conversation.messages[: end - 1])
+                    if len(question) + self.max_tokens > target.max_length:
+                        num_long += 1
+                        continue
                 given.append(replace(conversation, messages=conversation.messages[:end], finished=True))
         if num_long:
             log.warning("%d questions leave no room for an answer of data.source.max_tokens=%d in the target's context",

@@ -21,14 +21,14 @@ def write_feature_manifest(
         tokens: (training, validation) sequences. stores: their features; one on disk has a `folder` with its notes.
 
     Returns:
-        the content key by split (equal keys: equal target, tokens, masks and dtype).
+        the content key by split (equal keys: equal target, tokens, masks, dtype and layout: 8 bits are others).
     """
     manifest: dict[str, Any] = {"target": target.name, "target_fingerprint": target.fingerprint}
     for split, sequences, store in zip(("train", "validation"), tokens, stores, strict=True):
         folder = getattr(store, "folder", None)
         notes = sorted(folder.glob("shard-*.json")) if folder is not None else []
         manifest[split] = {
-            "key": feature_key(target, sequences, SHARD_SIZE),
+            "key": feature_key(target, sequences, SHARD_SIZE) if folder is None else folder.name,
             "num_sequences": len(sequences),
             "num_tokens": sum(len(sequence) for sequence in sequences),
             "num_marked_tokens": sum(int(sequence.loss_mask.sum()) for sequence in sequences),

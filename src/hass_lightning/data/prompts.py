@@ -8,10 +8,10 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ ROLES = {
     "system": "system",
     "tool": "tool",
 }
+# a question, its answer, and any number of tool results, each row of them followed by what the assistant makes of it
+ORDER = re.compile("(?:ut*a(?:t+a)*t*)*(?:ut*)?")
 
 
 class SkippedConversation(ValueError):
@@ -54,13 +56,16 @@ def parse_conversation(record: Any, default_id: str) -> Conversation:
         role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
             raise SkippedConversation(f"unknown role {name!r}")
-        if not isinstance(content, str) or not content.strip():
+        calls = parse_tool_calls(turn.get("tool_calls")) if role == "assistant" else ()
+        if content is None and calls:
+            content = ""
+        if not isinstance(content, str) or not (content.strip() or calls):
             raise SkippedConversation("an empty message")
-        messages.append(Message(role, content))  # type: ignore[arg-type]
-    speakers = [message.role for message in messages if message.role in ("user", "assistant")]
+        messages.append(Message(role, content, calls))  # type: ignore[arg-type]
+    order = "".join(message.role[0] for message in messages if message.role != "system")
     if any(role == "system" for role in (m.role for m in messages[1:])):
         raise SkippedConversation("a system message after the first")
-    if not speakers or speakers[0] != "user" or any(a == b for a, b in pairwise(speakers)):
+    if not order or not ORDER.fullmatch(order):
         raise SkippedConversation("roles out of order")
     return Conversation(
         id=str(record.get("id", default_id)),
@@ -69,6 +74,22 @@ def parse_conversation(record: Any, default_id: str) -> Conversation:
         finished=bool(record.get("finished", True)),
         split=str(record.get("split", "")),
     )
+
+
+def parse_tool_calls(calls: Any) -> tuple[dict[str, Any], ...]:
+    """OpenAI's `tool_calls`, the arguments as an object: templates write them as JSON themselves.
+
+    Raises:
+        SkippedConversation: another shape.
+    """
+    try:
+        functions = [dict(call["function"]) for call in calls or ()]
+        for function in functions:
+            if isinstance(function["arguments"], str):
+                function["arguments"] = json.loads(function["arguments"])
+        return tuple({"type": "function", "function": function} for function in functions)
+    except (TypeError, KeyError, ValueError) as error:
+        raise SkippedConversation("malformed tool_calls") from error
 
 
 def open_text(path: Path):

@@ -9,6 +9,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from hass_lightning.types import Conversation, Message, Tokens
 log = logging.getLogger(__name__)
 
 
-def as_dicts(messages: Iterable[Message]) -> list[dict[str, str]]:
+def as_dicts(messages: Iterable[Message]) -> list[dict[str, Any]]:
     """Messages in the shape chat templates take."""
-    return [{"role": message.role, "content": message.content} for message in messages]
+    return [
+        {"role": m.role, "content": m.content} | ({"tool_calls": list(m.tool_calls)} if m.tool_calls else {})
+        for m in messages
+    ]
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -112,6 +116,9 @@ def encode_conversation(
         messages = messages[:count]
         if not messages:
             raise SkippedConversation("an empty loss mask")
+    without = tuple(replace(message, tool_calls=()) for message in messages)
+    if without != messages and render(tokenizer, without) == render(tokenizer, messages):
+        raise SkippedConversation("the chat template drops tool calls")
     if not last_turn_only and re.search(GENERATION_TAG, tokenizer.chat_template or ""):
         encoded = render(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         input_ids, in_answer = list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]

@@ -81,6 +81,19 @@ def check_tensors(where: str, shapes: Mapping[str, tuple[int, ...]], found: Mapp
         )
 
 
+def rope_fields(config: Any) -> dict[str, Any]:
+    """The rotary settings in both spellings: `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`.
+
+    Engines differ in which they read; a spelling that is missing falls back to 10,000 without scaling.
+    """
+    rope = dict(config.rope_parameters)
+    scaling = None
+    if rope.get("rope_type", "default") != "default":
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        scaling["type"] = rope["rope_type"]
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling, "rope_parameters": rope}
+
+
 def save_draft(folder: str | Path, draft: EagleDraft, token_ids: Tensor | None, notes: dict[str, Any]) -> Path:
     """Write a head. `notes` (target name, fingerprint, alignment, …) stand in config.json under `hass_lightning`."""
     folder = Path(folder)
@@ -89,7 +102,7 @@ def save_draft(folder: str | Path, draft: EagleDraft, token_ids: Tensor | None, 
     _atomic(folder / "model.safetensors", lambda path: save_file(tensors, path))
     if token_ids is not None:
         save_token_ids(folder, token_ids)
-    config = draft.config.to_dict() | {"architectures": ["LlamaForCausalLMEagle"]}
+    config = draft.config.to_dict() | {"architectures": ["LlamaForCausalLMEagle"]} | rope_fields(draft.config)
     config[OURS] = notes | {"fc_bias": draft.fc.bias is not None}
     text = json.dumps(config, indent=2, default=str) + "\n"
     _atomic(folder / "config.json", lambda path: Path(path).write_text(text))
@@ -128,6 +141,8 @@ def load_draft(path: str | Path, device: torch.device | str = "cpu", dtype: torc
         raise ValueError(f"{path} holds no draft head (config.json and model.safetensors, there or in draft/).")
     raw = json.loads((folder / "config.json").read_text())
     notes = raw.pop(OURS, {})
+    if raw.get("rope_parameters"):  # LlamaConfig would mix both spellings
+        raw = {key: value for key, value in raw.items() if key not in ("rope_theta", "rope_scaling")}
     try:
         tensors = load_file(folder / "model.safetensors")
     except SafetensorError as error:

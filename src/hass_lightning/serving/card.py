@@ -77,7 +77,7 @@ def model_card(
         "2408.15766). It drafts tokens that the target verifies, so the output stays the target's own.",
         "",
         f"Layout `{profile.name}`, checked with {profile.checked_with}. Served with",
-        "", "```bash", profile.serve.format(folder=folder, target=base_model), "```", "",
+        "", "```bash", profile.command(folder, base_model, saved.token_ids is not None), "```", "",
     ]  # fmt: skip
     lines += ["## Measured", "", *_measured(facts.metrics)]
     lines += ["## Made from", ""]

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hass_lightning.draft import EagleDraft, SavedDraft
-from hass_lightning.draft.checkpoint import check_tensors, tensor_hash
-from hass_lightning.serving.layout import rope_fields, shapes_for
+from hass_lightning.draft.checkpoint import check_tensors, rope_fields, tensor_hash
+from hass_lightning.serving.layout import shapes_for
 from hass_lightning.serving.profiles import Profile
 from hass_lightning.serving.reference import ReferenceHead
 from hass_lightning.target import TargetHead, TargetModel

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hass_lightning.draft import SavedDraft
-from hass_lightning.draft.checkpoint import OURS
+from hass_lightning.draft.checkpoint import OURS, rope_fields
 from hass_lightning.serving.profiles import Profile
 from hass_lightning.target import TargetHead
 
@@ -59,19 +59,6 @@ def shapes_for(config: Any, profile: Profile, fc_bias: bool) -> dict[str, tuple[
     if profile.embeddings:
         shapes["embed_tokens.weight"] = (config.vocab_size, hidden)
     return shapes
-
-
-def rope_fields(config: Any) -> dict[str, Any]:
-    """The rotary settings in both spellings: `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`.
-
-    Engines differ in which they read; a spelling that is missing falls back to 10,000 without scaling.
-    """
-    rope = dict(config.rope_parameters)
-    scaling = None
-    if rope.get("rope_type", "default") != "default":
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        scaling["type"] = rope["rope_type"]
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling, "rope_parameters": rope}
 
 
 def config_for(

@@ -7,6 +7,7 @@ Everything else (key names, one Llama layer, no final norm, no input norm) they 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -36,6 +37,11 @@ class Profile:
     token_map: str | None
     notes: bool
     serve: str
+
+    def command(self, folder: str | Path, target: str | Path, pruned: bool) -> str:
+        """`serve` for a folder and a target; pruned: the head has a draft vocabulary of its own."""
+        given = f" --speculative-token-map {folder}/{self.token_map}" if pruned and self.token_map else ""
+        return self.serve.format(folder=folder, target=target) + given
 
 
 PROFILES = {

