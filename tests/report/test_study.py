@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from study_factory import config_of, write_cell, write_records, write_sweep
 from test_pages import Tags, check_self_contained
 
+from hass_lightning.cli import config_folder
 from hass_lightning.ledger import Entry, Ledger
 from hass_lightning.measure.factorial import Contrast, Effect
 from hass_lightning.measure.statistics import Interval
@@ -17,10 +21,12 @@ from hass_lightning.report.study import load_runs, why_line
 from hass_lightning.report.study.analysis import analyse
 from hass_lightning.report.study.cells import find_factors, find_grid, make_cells
 from hass_lightning.report.study.claims import claims_of
+from hass_lightning.report.study.figures import response_figure
 from hass_lightning.report.study.runs import StudyRun, read_run
 from hass_lightning.report.study.tables import front, notes
 from hass_lightning.report.study.workspace import save_workspace, workspace_spec
 
+CONF = Path(config_folder())
 CORNERS = [("eagle", 1), ("eagle", 3), ("hass", 1), ("hass", 3)]
 NULL = dict.fromkeys(CORNERS, 0.6)
 INTERACTION = NULL | {("hass", 3): 0.72}
@@ -159,6 +165,52 @@ def test_an_incomplete_crossing_loses_the_levels_that_are_missing_and_keeps_the_
     assert grid.left_out == ("w=0",)
     assert [cells[position].label for position in grid.cells][:2] == ["k=10, w=0.1", "k=10, w=1"]
     assert find_grid(make_cells(runs[:2]), 0) is None
+
+
+def top_k_runs(tmp_path):
+    """The cells of conf/hparams_search/top_k.yaml as its 21 overrides and merged configs have them."""
+    text = yaml.safe_load((CONF / "hparams_search" / "top_k.yaml").read_text())
+    nodes = re.findall(r"\{.*?\}", text["hydra"]["sweeper"]["params"]["model.loss.terms.top_k"])
+    runs = []
+    for number, node in enumerate(nodes):
+        override = f"model.loss.terms.top_k={node}"
+        (parsed,) = OverridesParser.create().parse_overrides([override])
+        merged = {f"model.loss.terms.top_k.{key}": level for key, level in ({"k": 10} | parsed.value()).items()}
+        runs.append(cell(tmp_path, str(number), [override], **merged))
+    return runs
+
+
+@pytest.mark.parametrize("baseline", [0, 11])
+def test_a_node_that_is_swept_whole_is_as_many_factors_as_it_has_keys(tmp_path, baseline):
+    runs = top_k_runs(tmp_path)
+    cells = make_cells(runs)
+    assert len(cells) == 21
+    assert (cells[0].label, cells[1].label) == ("weight=0", "weight=0.1, k=1")
+    grid = find_grid(cells, baseline)
+    assert len(grid.cells) == 20 and 0 not in grid.cells
+    assert {name: set(levels) for name, levels in grid.levels.items()} == {
+        "k": {1, 5, 10, 50, 100},
+        "weight": {0.1, 0.5, 1, 2},
+    }
+    assert any("weight=0" in each for each in grid.left_out)
+    rng = np.random.default_rng(0)
+    for run in runs:
+        run.folder.mkdir()
+        write_records(run.folder, rng, 0.5, 12)
+        run.records = read_run(run.folder).records
+    study = analyse(runs, cells[baseline].label)
+    kinds = [effect.contrast.kind for effect in study.effects]
+    assert (kinds.count("main"), kinds.count("interaction")) == (4 + 3, 4 * 3)
+    assert len(study.rows) == 21
+    assert len({trace.xaxis for trace in response_figure(study).data}) == 2  # a panel a factor
+
+
+def test_words_of_the_command_line_are_read_as_hydra_reads_them(tmp_path):
+    runs = [cell(tmp_path, lr, [f"model.optimizer.lr={lr}"], x=float(lr)) for lr in ("1e-3", "3e-4", "1e-4")]
+    assert find_factors(runs) == {"lr": [1e-3, 3e-4, 1e-4]}
+    schedules = ["{0:0,0.8:1}", "{0:1}", "1.0"]
+    runs = [cell(tmp_path, str(n), [f"w={each}"], w=each) for n, each in enumerate(schedules)]
+    assert find_factors(runs) == {"w": ["{0:0,0.8:1}", "{0:1}", 1.0]}
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_cell(tmp_path):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product, takewhile
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from hass_lightning.report.study.runs import ABSENT, NO_SETTING, StudyRun, differing
+from hass_lightning.report.study.runs import ABSENT, NO_SETTING, StudyRun, differing, flatten
 
 Factors = dict[str, list[Any]]  # name to the level of each cell
 
@@ -48,7 +50,8 @@ def make_cells(runs: Sequence[StudyRun]) -> list[StudyCell]:
     cells = []
     for position, group in enumerate(grouped):
         levels = {name: values[position] for name, values in factors.items()}
-        label = ", ".join(f"{name}={show(level)}" for name, level in levels.items()) or group[0].name
+        said = {name: level for name, level in levels.items() if level != ABSENT} or levels
+        label = ", ".join(f"{name}={show(level)}" for name, level in said.items()) or group[0].name
         cells.append(StudyCell(label, levels, group))
     return cells
 
@@ -66,11 +69,7 @@ def find_factors(runs: Sequence[StudyRun]) -> Factors:
     Keys that change together are one factor. Two or more config keys that cross fully win (`experiment=eagle,had,…` is
     seen as loss × depth); else the words of the command lines, where they say it all; else the config keys.
     """
-    typed = [
-        {k: _parsed(v) for k, v in run.overrides.items() if k != "seed" and k.split(".")[0] not in NO_SETTING}
-        for run in runs
-    ]
-    words = _together(differing(typed))
+    words = _together(differing([_words(run.overrides) for run in runs]))
     keys = _together(differing([run.settings for run in runs]))
     for part, names in list(keys.items()):
         if part in words:
@@ -86,14 +85,33 @@ def find_factors(runs: Sequence[StudyRun]) -> Factors:
     return _short(by_word if told == len(runs) else by_key)
 
 
+def _words(overrides: Mapping[str, str]) -> dict[str, Any]:
+    """Overrides that can decide a result, typed; `term={k:1,weight:2}` is `term.k=1` and `term.weight=2`."""
+    found: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if key == "seed" or key.split(".")[0] in NO_SETTING:
+            continue
+        parsed = _parsed(value)
+        if isinstance(parsed, dict):
+            found |= flatten(parsed, f"{key}.")
+        else:
+            found[key] = parsed
+    return found
+
+
 def _parsed(value: str) -> Any:
-    """`3` as a number, `[1,2]` as a tuple, everything else as it is written."""
+    """`3` as a number, `[1,2]` as a tuple, `{k:1}` as a dict, else as it is written (a schedule `{0:1}`, too)."""
     try:
-        found = yaml.safe_load(value)
-    except yaml.YAMLError:
+        # Hydra needs no space behind a colon, YAML does
+        found = yaml.safe_load(re.sub(r"([{,]\s*[\w.]+):(?=\S)", r"\1: ", value))
+        if isinstance(found, str) and math.isfinite(number := float(found)):  # 1e-3 is a string to YAML 1.1
+            return number
+    except (yaml.YAMLError, ValueError):
         return value
     if isinstance(found, list):
         return tuple(map(str, found))
+    if isinstance(found, dict) and all(isinstance(key, str) for key in found):
+        return found
     return found if isinstance(found, int | float | bool) else value
 
 
@@ -153,11 +171,22 @@ def find_grid(cells: Sequence[StudyCell], baseline: int) -> Grid | None:
     """The fully crossed part of the cells, the baseline's levels first; None with fewer than two factors in it.
 
     Where combinations are missing, the levels that miss the most of them are left out, one after the other, the
-    baseline's own last.
+    baseline's own last. A baseline that lacks a factor (a study's cell without a loss term) is outside of the crossing,
+    and the first cell that has all of them is the reference.
     """
+    grid = _crossing(cells, list(range(len(cells))), baseline)
+    inside = [number for number, cell in enumerate(cells) if ABSENT not in cell.levels.values()]
+    if grid or baseline in inside or not inside:
+        return grid
+    grid = _crossing(cells, inside, inside[0])
+    outside = tuple(cell.label for cell in cells if ABSENT in cell.levels.values())
+    return grid and replace(grid, left_out=(*outside, *grid.left_out))
+
+
+def _crossing(cells: Sequence[StudyCell], used: Sequence[int], baseline: int) -> Grid | None:
     home = cells[baseline].levels
-    levels = {name: _ordered([cell.levels[name] for cell in cells], home[name]) for name in home}
-    at = {tuple(repr(cell.levels[name]) for name in home): position for position, cell in enumerate(cells)}
+    levels = {name: _ordered([cells[position].levels[name] for position in used], home[name]) for name in home}
+    at = {tuple(repr(cells[position].levels[name]) for name in home): position for position in used}
     left_out: list[str] = []
     while len([name for name in levels if len(levels[name]) > 1]) >= 2:
         wanted = list(product(*([repr(level) for level in levels[name]] for name in home)))
