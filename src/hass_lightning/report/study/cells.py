@@ -43,8 +43,7 @@ def make_cells(runs: Sequence[StudyRun]) -> list[StudyCell]:
     """Group runs by what they were made from, in the order of their first runs."""
     groups: dict[tuple, list[StudyRun]] = {}
     for run in runs:
-        key = tuple(sorted((name, str(value)) for name, value in run.settings.items()))
-        groups.setdefault(key or (str(run.folder),), []).append(run)
+        groups.setdefault(_settings_key(run), []).append(run)
     grouped = list(groups.values())
     factors = find_factors([group[0] for group in grouped])
     cells = []
@@ -54,6 +53,26 @@ def make_cells(runs: Sequence[StudyRun]) -> list[StudyCell]:
         label = ", ".join(f"{name}={show(level)}" for name, level in said.items()) or group[0].name
         cells.append(StudyCell(label, levels, group))
     return cells
+
+
+def without_repeats(runs: Sequence[StudyRun]) -> tuple[list[StudyRun], list[tuple[str, str]]]:
+    """The first run of each (settings, seed), and the others with the reason why they are left out.
+
+    A repeated run is no new draw: counted twice, it would shrink intervals and p-values.
+    """
+    first: dict[tuple, StudyRun] = {}
+    repeats = []
+    for run in runs:
+        key = (*_settings_key(run), run.seed)
+        if key in first:
+            repeats.append((run.name, f"repeats {first[key].name}: the same settings and the same seed"))
+        else:
+            first[key] = run
+    return list(first.values()), repeats
+
+
+def _settings_key(run: StudyRun) -> tuple:
+    return tuple(sorted((name, str(value)) for name, value in run.settings.items())) or (str(run.folder.resolve()),)
 
 
 def show(level: Any) -> str:
