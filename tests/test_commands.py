@@ -88,7 +88,7 @@ def test_smoke_logs_each_term_by_step_and_the_rest(smoke):
     others = ["train/loss", "lr-AdamW", "train/tokens_per_second", "train/gradient_norm", "val/acceptance_length"]
     decoding = ["decode/acceptance_length", "decode/speedup", "decode/tokens_per_second", "decode/accept_rate/depth1"]
     assert not set(steps + accuracy + others + decoding) - set(header)
-    assert "val/accuracy/step5" in header  # validation unrolls to its own depth
+    assert {"val/accuracy/step5", "val/forced_accuracy/step1"} <= set(header)  # validation unrolls to its own depth
 
 
 def test_smoke_writes_a_wandb_run_without_a_network(smoke):

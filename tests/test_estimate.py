@@ -90,6 +90,31 @@ def test_plan_prints_numbers_and_starts_nothing(call_command, tmp_path):
     assert "estimate.device=a1000 is none of this, a100_40gb" in done.err
 
 
+def planned(*overrides):
+    sizes = [f"+target.sizes.{name}={size}" for name, size in vars(SMOLLM2).items() if size is not None]
+    with initialize_config_dir(config_folder(), version_base="1.3"):
+        return plan_run(compose("train", overrides=[*sizes, *overrides]), flops=1e12)
+
+
+def test_answers_of_the_targets_own_are_planned_from_the_config():
+    found = planned("data=first_turns", "data.max_answer_tokens=null", "estimate.rows_fraction=0.5")
+    assert (found["num_rows"], found["num_tokens"]) == (2000 * 256, 4000 * 256)
+
+
+def test_hours_follow_the_budget_of_compute():
+    size = ["estimate.num_tokens=100000", "estimate.rows_fraction=0.5", "trainer.max_steps=-1", "trainer.max_epochs=2"]
+    hours = planned(*size)["training_hours"]
+    endless = [*size[:3], "trainer.max_epochs=null"]
+    assert planned(*endless, "compute.tokens=50000")["training_hours"] == pytest.approx(hours / 2)
+    assert planned(*size, "compute.tokens=500000")["training_hours"] == pytest.approx(hours)  # it never takes longer
+    assert planned(*endless, f"compute.flops={hours * 3600e12 / 4}")["training_hours"] == pytest.approx(hours / 4)
+    assert planned(*size, f"compute.seconds={hours * 360}")["training_hours"] == pytest.approx(hours / 10)
+    deep = ["model.alignment.depth=6", "compute.match_depth=3"]
+    assert planned(*size, *deep)["training_hours"] == pytest.approx(hours)
+    with pytest.raises(ValueError, match=r"trainer\.max_epochs.*compute\.tokens"):
+        planned(*endless)
+
+
 MEASURE = """
 import json, resource
 import torch

@@ -1,6 +1,7 @@
-"""The studies of conf/hparams_search: each has the cells it should, every cell builds, and one runs to its end."""
+"""The studies of conf/hparams_search: each has the cells it should, every cell builds, small ones run to reports."""
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from browser import CHROMIUM, check_page, open_page
 from hass_lightning.cli import config_folder
+from hass_lightning.ledger import Ledger
 
 CONF = Path(config_folder())
 NUM_CELLS = {
@@ -81,18 +84,97 @@ def test_the_search_of_optuna_is_over_keys_that_exist():
     assert config.optimized_metric == "simulated_acceptance_length"
 
 
+# --- every study, small ----------------------------------------------------------------------------------------------
+
+STEPS = ("trainer.max_epochs=-1", "trainer.max_steps=2", "trainer.val_check_interval=2")
+TINY = ("experiment=smoke", "budget=custom", "logger=csv", "data.num_validation=4", "data.batch_size=2", *STEPS)
+DECODE_LITTLE = (
+    "callbacks.decoding.num_prompts=2", "callbacks.decoding.max_new_tokens=4", "callbacks.decoding.num_checked=1",
+)  # fmt: skip
+
+
+def small_axes(name):
+    """The first two levels of each axis; of top_k, whose one axis holds two, the cell without the term and 2 x 2."""
+    levels = {}
+    for cell in overrides(name):
+        for each in cell:
+            key, value = each.split("=", 1)
+            levels.setdefault(key, {})[value] = None
+    if name == "top_k":
+        ((key, nodes),) = levels.items()
+        chosen = [
+            node for node in nodes if "k:" not in node or (("k:1," in node or "k:5," in node) and "weight:0." in node)
+        ]
+        return {key: chosen}
+    return {key: list(values)[:2] for key, values in levels.items()}
+
+
+def words_of(name, tmp_path, cache_dir):
+    """The command line of a small version of a study."""
+    words = [f"hparams_search={name}", *TINY]
+    if name == "self_distillation":
+        chats = tmp_path / "chats.jsonl"
+        turns = [[("user", f"question {n}?"), ("assistant", f"the answer is {n * n}")] for n in range(24)]
+        lines = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in turns]
+        chats.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        source = f"{{_target_:hass_lightning.data.prompts.JsonLines,path:{chats}}}"
+        words += ["~data.source.source", f"+data.source.source={source}", "data.source.max_tokens=8"]
+    else:
+        words += ["data.source.num_questions=24", "data.source.num_validation=4"]
+        words += [f"data.source.output_dir={cache_dir}/small_corpus"]
+    if name == "optuna":
+        return [*words, "hydra.sweeper.n_trials=2"]
+    axes = ",".join(f"{key}:'{','.join(values)}'" for key, values in small_axes(name).items())
+    return [*words, *DECODE_LITTLE, f"hydra.sweeper.params={{{axes}}}"]
+
+
 @pytest.mark.slow
-def test_a_study_runs_to_its_end_and_extracts_its_features_once(run_command, cache_dir):
-    small = ["experiment=smoke", "budget=custom", "trainer.max_epochs=1", "callbacks.decoding.max_new_tokens=8"]
-    options = ["callbacks.decoding.num_prompts=2", "logger=csv", "hydra.launcher.n_jobs=2"]
-    before = set((cache_dir / "features").glob("*"))
-    done = run_command("train", "-m", "hparams_search=mask_leak", *small, *options)
+@pytest.mark.parametrize("name", sorted(NUM_CELLS))
+def test_every_study_runs_to_its_report(call_command, tmp_path, cache_dir, name):
+    """In one process (hydra/launcher=basic): the imports of 45 cells would take most of the time."""
+    if name == "optuna":
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+        num_runs = num_cells = 2
+    else:
+        sizes = {key: len(values) for key, values in small_axes(name).items()}
+        num_runs = math.prod(sizes.values())
+        num_cells = num_runs // sizes.get("seed", 1)
+        assert all(size >= 2 for size in sizes.values())
+    done = call_command("train", "-m", *words_of(name, tmp_path, cache_dir), "hydra/launcher=basic")
+    assert done.code == 0, done.err[-3000:]
+    (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
+    assert folder.name == f"{name}_custom"
+    assert len(list(folder.glob("*/metrics.json"))) == num_runs
+    done = call_command("report_command", f"runs={folder}", f"output_dir={tmp_path / 'report'}")
+    assert done.code == 0, done.err[-3000:]
+    found = json.loads(done.out.strip().splitlines()[-1])
+    assert (len(found["cells"]), found["num_left_out"]) == (num_cells, 0)
+    assert Path(found["files"]["html"]).is_file()
+
+
+@pytest.mark.slow
+def test_twelve_cells_extract_their_features_once_and_their_report_opens_offline(run_command, call_command, tmp_path):
+    cache = tmp_path / "cache"
+    words = ("hparams_search=paper_ablation", *TINY, *DECODE_LITTLE, "data.source.num_questions=24")
+    words = (*words, "data.source.num_validation=4", "trainer.max_steps=1", "hydra.launcher.n_jobs=1")
+    done = run_command("train", "-m", *words, env={"HASS_LIGHTNING_CACHE": str(cache)}, timeout=1100)
     assert done.code == 0, done.err[-3000:]
     result = json.loads(done.out.splitlines()[-1])
-    assert (result["num_completed"], result["num_failed"]) == (NUM_CELLS["mask_leak"], 0)
+    assert (result["num_completed"], result["num_failed"]) == (NUM_CELLS["paper_ablation"], 0) == (12, 0)
     folder = Path(result["sweep_dir"])
-    assert folder.name == "mask_leak_custom"
-    metrics = [json.loads(path.read_text()) for path in folder.glob("*/metrics.json")]
-    assert len(metrics) == 4
-    assert len({m["train_flops"] for m in metrics}) > 1
-    assert len(set((cache_dir / "features").glob("*")) - before) <= 2
+    extracted = [path.read_text().count("features take ") for path in folder.glob("*/job.log")]
+    assert sorted(extracted) == [0] * 11 + [2]  # training and validation, by one job
+    shards = list((cache / "features").glob("*/shard-*.safetensors"))
+    first_end = min(entry.time for entry in Ledger(folder).entries() if entry.status == "completed")
+    assert len(shards) == 2 and all(path.stat().st_mtime < first_end for path in shards)
+
+    done = call_command("report_command", f"runs={folder}")
+    assert done.code == 0, done.err
+    page = Path(json.loads(done.out.strip().splitlines()[-1])["files"]["html"])
+    if CHROMIUM is None:
+        pytest.skip("the page needs chromium (.ci/run installs it)")
+    check_page(page, tmp_path / "profile", least_figures=3)
+    picture = page.with_suffix(".png")
+    open_page(page, tmp_path / "profile", f"--screenshot={picture}", "--window-size=1400,4000")
+    assert picture.stat().st_size > 10_000
+    print(f"screenshot: {picture}")

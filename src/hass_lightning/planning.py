@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from hass_lightning.data.tokens import encode_all, load_tokenizer
-from hass_lightning.estimate import DEVICES, Sizes, Workload, plan
+from hass_lightning.estimate import DEVICES, Sizes, Workload, plan, training_flops
 from hass_lightning.target.model import resolve_dtype, working_dtype
 from hass_lightning.target.source import TOKENIZER_FILES, hub_folder
 from hass_lightning.training.strategy import num_processes
@@ -67,8 +69,10 @@ def count_tokens(config: DictConfig) -> tuple[int, int]:
     if data.max_answer_tokens:
         return round(data.max_answer_tokens / estimate.rows_fraction), int(data.max_answer_tokens)
     source = data.source
-    if "num_questions" in source:
-        rows = source.num_questions * source.answer_max_tokens
+    if "num_questions" in source and source.get("answers") != "given":
+        rows = source.num_questions * (source.get("answer_max_tokens") or source.max_tokens)
+        if "question_max_tokens" not in source:  # they come from outside: their length is not known
+            return round(rows / estimate.rows_fraction), rows
         return rows + source.num_questions * source.question_max_tokens, rows
     conversations = instantiate(source).load(None)  # no other source looks at the target
     tokenizer = load_tokenizer(_folder(config.target))
@@ -107,7 +111,32 @@ def workload(config: DictConfig) -> Workload:
 
 def plan_run(config: DictConfig, flops: float | None = None) -> dict[str, Any]:
     """The plan of one config; `flops` saves timing the machine again."""
-    return plan(target_sizes(config.target), workload(config), flops or useful_flops(config.estimate))
+    sizes, work = target_sizes(config.target), workload(config)
+    budget = config.get("compute") or {}
+    found = plan(sizes, within_budget(sizes, work, budget), flops or useful_flops(config.estimate))
+    if seconds := budget.get("seconds"):
+        found["training_hours"] = min(found["training_hours"], seconds / 3600)
+    return found
+
+
+def within_budget(sizes: Sizes, work: Workload, budget: Mapping[Any, Any]) -> Workload:
+    """The workload cut to `config.compute`, as RunCost.steps_within cuts a run.
+
+    Raises:
+        ValueError: nothing ends the run.
+    """
+    epochs, one = work.epochs, training_flops(sizes, replace(work, epochs=1.0))
+    if depth := budget.get("match_depth"):
+        epochs = training_flops(sizes, replace(work, depth=int(depth))) / one
+    if tokens := budget.get("tokens"):
+        epochs = min(epochs, tokens / max(1, work.num_rows))
+    if operations := budget.get("flops"):
+        epochs = min(epochs, operations / one)
+    if math.isinf(epochs):
+        raise ValueError(
+            "trainer.max_epochs=null: set it, trainer.max_steps, compute.tokens or compute.flops: it would never end."
+        )
+    return replace(work, epochs=epochs)
 
 
 def plan_sweep(configs: Sequence[DictConfig], seconds: Sequence[float], num_done: int, n_jobs: int) -> dict[str, Any]:

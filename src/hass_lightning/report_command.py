@@ -81,7 +81,7 @@ def result(study: Study, runs: list[StudyRun], files: dict[str, str]) -> dict[st
     """The line of JSON: cells, claims, effects, where the files are."""
     cells = [
         {"cell": row.label, "num_seeds": row.num_seeds, "tau": row.tau.value, "tau_low": row.tau.low,
-         "tau_high": row.tau.high, "seconds": row.seconds}
+         "tau_high": row.tau.high, "seconds": row.seconds.value}
         for row in study.rows
     ]  # fmt: skip
     tests = [

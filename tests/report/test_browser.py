@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-
 import pytest
 from report_factory import Words, make_records, write_run
 from study_factory import write_sweep
 
+from browser import CHROMIUM, check_page
 from hass_lightning.measure.summary import summarize
 from hass_lightning.report import benchmark_report, run_report
 from hass_lightning.report.study import load_runs, study_report
 from hass_lightning.report.study.analysis import analyse
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.mark.slow
@@ -30,13 +26,4 @@ def test_the_page_opens_without_network(tmp_path, kind):
         records = make_records()
         report = run_report if kind == "run" else benchmark_report
         path = report(folder, summarize(records), records, Words())
-    command = [
-        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"),
-        *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"),
-        *("--virtual-time-budget=8000", "--dump-dom", path.as_uri()),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in done.stderr
-    num_figures = path.read_text().count("Plotly.newPlot(")
-    assert num_figures >= 5
-    assert done.stdout.count('class="modebar-container"') == num_figures  # plotly adds it when a figure is drawn
+    check_page(path, tmp_path / "profile", least_figures=5)

@@ -2,25 +2,32 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from study_factory import config_of, write_cell, write_records, write_sweep
 from test_pages import Tags, check_self_contained
 
+from hass_lightning.cli import config_folder
 from hass_lightning.ledger import Entry, Ledger
 from hass_lightning.measure.factorial import Contrast, Effect
 from hass_lightning.measure.statistics import Interval
+from hass_lightning.report.curves import loss_terms, read_curves
 from hass_lightning.report.study import load_runs, why_line
 from hass_lightning.report.study.analysis import analyse
 from hass_lightning.report.study.cells import find_factors, find_grid, make_cells
 from hass_lightning.report.study.claims import claims_of
+from hass_lightning.report.study.figures import gap_figure, response_figure
 from hass_lightning.report.study.runs import StudyRun, read_run
-from hass_lightning.report.study.tables import front, notes
-from hass_lightning.report.study.workspace import save_workspace, workspace_spec
+from hass_lightning.report.study.tables import cells_table, front, notes
+from hass_lightning.report.study.workspace import build_report, build_workspace, save_workspace, workspace_spec
 
+CONF = Path(config_folder())
 CORNERS = [("eagle", 1), ("eagle", 3), ("hass", 1), ("hass", 3)]
 NULL = dict.fromkeys(CORNERS, 0.6)
 INTERACTION = NULL | {("hass", 3): 0.72}
@@ -109,6 +116,12 @@ def test_heads_that_were_measured_together_take_those_records(tmp_path):
     study = analyse(load_runs(runs, bench))
     assert (study.metric, study.unit) == ("acceptance_length", "questions")
     assert [effect.verdict for effect in study.comparisons] == ["better"]
+    other = write_cell(tmp_path / "other", config_of("hass", 3, 0), ["model.alignment.depth=3"], tau=3.0)
+    write_records(other, np.random.default_rng(5), 0.9, 40)  # of other questions: not to be compared
+    with_other = analyse(load_runs([*runs, other], bench))
+    assert [name for name, _ in with_other.left_out] == ["other"]
+    assert "did not measure this head" in with_other.left_out[0][1]
+    assert [row.tau for row in with_other.rows] == [row.tau for row in study.rows]
     with pytest.raises(ValueError, match="measured eagle, hass, and none of these"):
         load_runs([tmp_path / "third"] if write_cell(tmp_path / "third", config_of("x", 1, 0), []) else [], bench)
 
@@ -161,10 +174,103 @@ def test_an_incomplete_crossing_loses_the_levels_that_are_missing_and_keeps_the_
     assert find_grid(make_cells(runs[:2]), 0) is None
 
 
+def top_k_runs(tmp_path):
+    """The cells of conf/hparams_search/top_k.yaml as its 21 overrides and merged configs have them."""
+    text = yaml.safe_load((CONF / "hparams_search" / "top_k.yaml").read_text())
+    nodes = re.findall(r"\{.*?\}", text["hydra"]["sweeper"]["params"]["model.loss.terms.top_k"])
+    runs = []
+    for number, node in enumerate(nodes):
+        override = f"model.loss.terms.top_k={node}"
+        (parsed,) = OverridesParser.create().parse_overrides([override])
+        merged = {f"model.loss.terms.top_k.{key}": level for key, level in ({"k": 10} | parsed.value()).items()}
+        runs.append(cell(tmp_path, str(number), [override], **merged))
+    return runs
+
+
+@pytest.mark.parametrize("baseline", [0, 11])
+def test_a_node_that_is_swept_whole_is_as_many_factors_as_it_has_keys(tmp_path, baseline):
+    runs = top_k_runs(tmp_path)
+    cells = make_cells(runs)
+    assert len(cells) == 21
+    assert (cells[0].label, cells[1].label) == ("weight=0", "weight=0.1, k=1")
+    grid = find_grid(cells, baseline)
+    assert len(grid.cells) == 20 and 0 not in grid.cells
+    assert {name: set(levels) for name, levels in grid.levels.items()} == {
+        "k": {1, 5, 10, 50, 100},
+        "weight": {0.1, 0.5, 1, 2},
+    }
+    assert any("weight=0" in each for each in grid.left_out)
+    rng = np.random.default_rng(0)
+    for run in runs:
+        run.folder.mkdir()
+        write_records(run.folder, rng, 0.5, 12)
+        run.records = read_run(run.folder).records
+    study = analyse(runs, cells[baseline].label)
+    kinds = [effect.contrast.kind for effect in study.effects]
+    assert (kinds.count("main"), kinds.count("interaction")) == (4 + 3, 4 * 3)
+    assert len(study.rows) == 21
+    assert len({trace.xaxis for trace in response_figure(study).data}) == 2  # a panel a factor
+
+
+def test_words_of_the_command_line_are_read_as_hydra_reads_them(tmp_path):
+    runs = [cell(tmp_path, lr, [f"model.optimizer.lr={lr}"], x=float(lr)) for lr in ("1e-3", "3e-4", "1e-4")]
+    assert find_factors(runs) == {"lr": [1e-3, 3e-4, 1e-4]}
+    schedules = ["{0:0,0.8:1}", "{0:1}", "1.0"]
+    runs = [cell(tmp_path, str(n), [f"w={each}"], w=each) for n, each in enumerate(schedules)]
+    assert find_factors(runs) == {"w": ["{0:0,0.8:1}", "{0:1}", 1.0]}
+
+
 def test_runs_that_differ_in_the_seed_alone_are_one_cell(tmp_path):
     folder = write_sweep(tmp_path / "s", NULL, seeds=(0, 1), num_questions=3)
     cells = make_cells(load_runs(folder))
     assert [len(each.runs) for each in cells] == [2, 2, 2, 2]
+
+
+def test_a_run_that_repeats_another_is_no_evidence(tmp_path):
+    """Two sweeps with a common cell: it counts once, and the other is named."""
+    once = write_sweep(tmp_path / "a", INTERACTION, seeds=(0, 1))
+    again = write_cell(tmp_path / "again", config_of("hass", 3, 1), [])
+    write_records(again, np.random.default_rng(9), 0.72, 40)
+    alone, both = analyse(load_runs([once])), analyse(load_runs([once, again]))
+    assert len(both.left_out) == 1 and both.left_out[0][0] == "again"
+    assert "the same settings and the same seed" in both.left_out[0][1]
+    assert [effect.p_adjusted for effect in both.comparisons] == [effect.p_adjusted for effect in alone.comparisons]
+
+
+def test_loss_and_compute_have_their_intervals_over_seeds(tmp_path):
+    folder = tmp_path / "runs"
+    for seed, loss in enumerate((1.4, 1.5, 1.6)):
+        run = write_cell(folder / str(seed), config_of("hass", 3, seed), [f"seed={seed}"], tau=2.0)
+        curves = run / "csv" / "metrics.csv"
+        curves.write_text(curves.read_text().replace("1.5,", f"{loss},", 1))
+    study = analyse(load_runs(folder))
+    (row,) = study.rows
+    assert 1.4 > row.loss.low < row.loss.value < row.loss.high
+    assert row.loss.value == pytest.approx(1.5, abs=0.01)
+    line = next(csv.DictReader(cells_table(study).csv().splitlines()))
+    assert float(line["val_loss_low"]) == pytest.approx(row.loss.low, abs=1e-3)
+    assert {"tokens_thousands_low", "tflops_high", "train_seconds_low"} <= set(line)
+    alone = analyse(load_runs(folder / "0")).rows[0].loss
+    assert alone.value == pytest.approx(1.4) and np.isnan(alone.low)
+
+
+def test_the_exposure_gap_is_of_true_features_against_decoding(tmp_path):
+    """A head that is right at 70 % on true features at every depth, and at 30 % on its own at depth 3, has a gap."""
+    run = write_cell(tmp_path / "run", config_of("hass", 3, 0), [])
+    write_records(run, np.random.default_rng(0), 0.5, 40)
+    old = analyse(load_runs(run)).rows[0]
+    assert old.forced == [old.accuracies[0]] * 3  # not logged yet: step 1 at every depth
+    curves = run / "csv" / "metrics.csv"
+    names, values = curves.read_text().splitlines()
+    forced = [0.7, 0.72, 0.74]
+    names += "".join(f",val/forced_accuracy/step{step}" for step in (1, 2, 3))
+    curves.write_text(f"{names}\n{values},{','.join(map(str, forced))}\n")
+    study = analyse(load_runs(run))
+    assert study.rows[0].forced == forced
+    left, right = gap_figure(study).data
+    assert list(left.y) == pytest.approx([a - rate.value for a, rate in zip(forced, study.rows[0].rates, strict=True)])
+    assert list(right.y) == pytest.approx([0, 0.04, 0.08])
+    assert loss_terms(read_curves(run)) == []
 
 
 def test_better_needs_the_interval_and_the_adjusted_p():
@@ -221,3 +327,38 @@ def test_the_workspace_is_described_in_a_file_where_it_cannot_be_saved(tmp_path,
     }
     assert {"decode/accept_rate/depth1", "decode/accept_rate/depth3", "final/acceptance_length"} <= bars
     assert spec["group"] == "s" and "model.alignment.depth" in spec["group_by"]
+
+
+def test_workspace_and_report_are_built_as_their_classes_take_them(tmp_path):
+    pytest.importorskip("wandb_workspaces")
+    study = analyse(load_runs(write_sweep(tmp_path / "s", NULL, num_questions=5)))
+    spec = workspace_spec(study, "s", "hass_lightning", "someone")
+    workspace, report = build_workspace(spec), build_report(spec)
+    assert [section.name for section in workspace.sections] == [section["name"] for section in spec["sections"]]
+    assert [len(each.panels) for each in workspace.sections] == [len(each["panels"]) for each in spec["sections"]]
+    assert (workspace.entity, workspace.project, report.project) == ("someone", "hass_lightning", "hass_lightning")
+    assert list(report.blocks[1].items) == spec["claims"]
+
+
+def test_a_login_and_its_default_entity_are_enough_for_the_workspace(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    import wandb
+
+    from hass_lightning.report.study import workspace
+
+    saved = []
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", SimpleNamespace())
+    monkeypatch.setattr(workspace, "server_answers", lambda server: True)
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="someone"))
+    for name in ("build_workspace", "build_report"):
+        page = SimpleNamespace(save=lambda: None, url="https://wandb.ai/someone/p")
+        monkeypatch.setattr(workspace, name, lambda spec, page=page: saved.append(spec["entity"]) or page)
+    study = analyse(load_runs(write_sweep(tmp_path / "s", NULL, num_questions=5)))
+    assert save_workspace(workspace_spec(study, "s", "p"), tmp_path) == "https://wandb.ai/someone/p"
+    assert saved == ["someone", "someone"]

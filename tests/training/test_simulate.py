@@ -9,9 +9,17 @@ from hass_lightning.measure.simulate import simulated_hits
 
 def slow_counts(draft, head, vocabulary, input_ids, features, loss_mask, depth):
     """Chain by chain, drafting as decoding does: true features up to the start, then the head's own."""
-    counts = {"starts": 0} | {f"{n}{j}": 0 for n in ("hits", "survived") for j in range(1, depth + 1)}
+    counts = {"starts": 0} | {
+        f"{n}{j}": 0 for n in ("hits", "survived", "reached", "forced") for j in range(1, depth + 1)
+    }
     batch, length = input_ids.shape
     asked = [[bool(loss_mask[b, t]) for t in range(length - 2)] for b in range(batch)]
+
+    def true_hit(b, row):
+        """Whether the head is right at a row that has seen true features alone."""
+        estimate = draft(head.embed(input_ids[b, 1 : row + 2])[None], features[b : b + 1, : row + 1])[0, row]
+        return int(vocabulary.to_token_ids(vocabulary.logits(estimate).argmax(-1))) == int(input_ids[b, row + 2])
+
     for b in range(batch):
         for start in range(-depth, length - 2):
             alive = start >= 0 and asked[b][start]
@@ -30,6 +38,8 @@ def slow_counts(draft, head, vocabulary, input_ids, features, loss_mask, depth):
                 token = int(vocabulary.to_token_ids(vocabulary.logits(estimate).argmax(-1)))
                 hit = asked[b][row] and token == int(input_ids[b, row + 2])
                 counts[f"hits{step}"] += hit
+                counts[f"reached{step}"] += alive and asked[b][row]
+                counts[f"forced{step}"] += alive and asked[b][row] and true_hit(b, row)
                 alive = alive and hit
                 counts[f"survived{step}"] += alive
     return counts
@@ -92,6 +102,8 @@ def test_a_head_that_is_always_right_survives_to_the_end_of_the_answer(tiny, bat
     assert {name: int(value) for name, value in counts.items()} == {
         "starts": 6, "hits1": 6, "hits2": 6, "hits3": 6, "hits4": 6,
         "survived1": 6, "survived2": 5, "survived3": 4, "survived4": 3,
+        "reached1": 6, "reached2": 5, "reached3": 4, "reached4": 3,
+        "forced1": 6, "forced2": 5, "forced3": 4, "forced4": 3,
     }  # fmt: skip
 
 

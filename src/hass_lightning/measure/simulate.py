@@ -33,7 +33,9 @@ def simulated_hits(
         input_ids: [B, T]. features: [B, T, D]. loss_mask: [B, T] on rows. depth: J.
 
     Returns:
-        `starts`, `hits1` … `hitsJ` (marginal), `survived1` … `survivedJ` (joint): scalar counts.
+        scalar counts. `starts`, `hits1` … `hitsJ` (marginal), `survived1` … `survivedJ` (joint), and of the chains
+        alive after j-1 steps: `reached1` … `reachedJ`, whose answer has a token j, and `forced1` … `forcedJ`, whose
+        token j the head gets right where it sees true features alone (its step 1 at that row).
     """
     length = input_ids.shape[1]
     mask = loss_mask[:, : length - 2]  # rows whose answer token t+2 exists
@@ -52,8 +54,15 @@ def simulated_hits(
     alive = mask
     for step, hit in enumerate(hits, start=1):
         counts[f"hits{step}"] = hit.sum()
-        shifted = torch.zeros_like(hit)
-        shifted[:, : hit.shape[1] - (step - 1)] = hit[:, step - 1 :]
-        alive = alive & shifted
+        counts[f"reached{step}"] = (alive & _ahead(mask, step - 1)).sum()
+        counts[f"forced{step}"] = (alive & _ahead(hits[0], step - 1)).sum()
+        alive = alive & _ahead(hit, step - 1)
         counts[f"survived{step}"] = alive.sum()
     return counts
+
+
+def _ahead(rows: Tensor, number: int) -> Tensor:
+    """[B, T] moved forward: row s holds what stood at s + number; False behind the end."""
+    moved = torch.zeros_like(rows)
+    moved[:, : rows.shape[1] - number] = rows[:, number:]
+    return moved

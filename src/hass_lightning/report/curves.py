@@ -57,7 +57,7 @@ def loss_terms(curves: dict[str, Curve]) -> list[str]:
     for name in curves:
         match = STEP.fullmatch(name)
         split, _, term = match["stem"].partition("/") if match else ("", "", "")
-        if split in ("train", "val") and term and term not in ("accuracy", "survival"):
+        if split in ("train", "val") and term and term not in ("accuracy", "forced_accuracy", "survival"):
             names[term] = None
     return list(names)
 

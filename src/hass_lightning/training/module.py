@@ -180,6 +180,8 @@ class HassModule(L.LightningModule):
         for step in range(1, self.validation_depth + 1):
             logged[f"val/accuracy/step{step}"] = sums[f"hits{step}"] / rows
             logged[f"val/survival/step{step}"] = sums[f"survived{step}"] / starts
+            if reached := sums[f"reached{step}"]:
+                logged[f"val/forced_accuracy/step{step}"] = sums[f"forced{step}"] / reached
         survival = [sums[f"survived{step}"] for step in range(1, self.validation_depth + 1)]
         logged["val/acceptance_length"] = 1 + torch.stack(survival).sum() / starts
         self.log_dict({name: value.float() for name, value in logged.items() if name != "val/acceptance_length"})

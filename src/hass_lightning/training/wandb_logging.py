@@ -6,7 +6,6 @@ Lightning's WandbLogger logs the curves. No other module of training knows W&B; 
 from __future__ import annotations
 
 import logging
-import netrc
 import os
 import sys
 import uuid
@@ -22,6 +21,7 @@ from hass_lightning.measure.records import acceptance_length, conditional_rates,
 from hass_lightning.measure.trace import BASELINE, Record
 from hass_lightning.report.answers import pieces_of
 from hass_lightning.target.source import server_answers
+from hass_lightning.wandb_key import has_wandb_key, wandb_server
 
 log = logging.getLogger(__name__)
 AXES = ("trainer/global_step", "compute/tokens", "compute/flops", "compute/seconds")
@@ -47,12 +47,8 @@ def offline_without_server() -> None:
     """W&B is offline without a key, and where its server does not answer; `WANDB_MODE` wins. Said in one line."""
     if os.environ.get("WANDB_MODE"):
         return
-    try:
-        known = netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError):
-        known = {}
-    server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    if not os.environ.get("WANDB_API_KEY") and not any("wandb" in host for host in known):
+    server = wandb_server()
+    if not has_wandb_key():
         reason = "no W&B key"
     elif not server_answers(server):
         reason = f"the W&B server {server} does not answer"

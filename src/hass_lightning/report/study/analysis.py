@@ -23,7 +23,7 @@ from hass_lightning.measure.factorial import (
 from hass_lightning.measure.statistics import LEAST_QUESTIONS, Interval, holm, paired_log_ratio, ratio_interval
 from hass_lightning.measure.trace import BASELINE, Record
 from hass_lightning.measure.verdicts import metric_interval, question_columns, speedup_interval
-from hass_lightning.report.study.cells import Grid, StudyCell, find_baseline, find_grid, make_cells
+from hass_lightning.report.study.cells import Grid, StudyCell, find_baseline, find_grid, make_cells, without_repeats
 from hass_lightning.report.study.runs import StudyRun
 
 DECODED, SIMULATED = "acceptance_length", "simulated_acceptance_length"
@@ -39,11 +39,12 @@ class Row:
     tau: Interval
     speedup: Interval
     rates: list[Interval]  # a_1, a_2, …: accepted at depth k, of those that got there
-    teacher_forced: list[float]  # validation accuracy by alignment step
-    loss: float | None
-    tokens: float | None
-    flops: float | None
-    seconds: float | None
+    forced: list[float]  # right at depth k on the target's true features, of the simulated chains that got there
+    accuracies: list[float]  # right at alignment step k, on the head's own features from the second on
+    loss: Interval
+    tokens: Interval
+    flops: Interval
+    seconds: Interval
 
 
 @dataclass
@@ -76,6 +77,8 @@ def analyse(runs: Sequence[StudyRun], baseline: str | None = None, decoder: str 
     if not finished:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out)
         raise ValueError(f"none of the {len(runs)} runs is finished ({reasons}): there is nothing to report.")
+    finished, repeats = without_repeats(finished)
+    left_out += repeats
     chosen = _choose_decoder(finished, decoder)
     for run in finished:
         run.records = _one_sampling([record for record in run.records if record.decoder in (BASELINE, chosen)])
@@ -147,19 +150,18 @@ def _row(cell: StudyCell, metric: str) -> Row:
     if len(runs) == 1 and records[0]:
         tau = metric_interval(records[0], DECODED) if metric == DECODED else tau
     speedup = speeds[0] if len(runs) == 1 else interval_over_seeds(known) if known else _nothing()
-    accuracies = [_accuracies(run) for run in runs]
-    depth = min(map(len, accuracies))
     return Row(
         cell.label,
         len({run.seed for run in runs}),
         tau,
         speedup,
         rate_intervals([record for own in records for record in own]),
-        np.mean([by[:depth] for by in accuracies], axis=0).tolist(),
-        _mean([run.last("val/loss") for run in runs]),
-        _mean([run.metrics.get("train_tokens", run.last("compute/tokens")) for run in runs]),
-        _mean([run.metrics.get("train_flops", run.last("compute/flops")) for run in runs]),
-        _mean([run.metrics.get("train_seconds") for run in runs]),
+        _mean_by_step([_forced(run) for run in runs]),
+        _mean_by_step([_by_step(run, "val/accuracy") for run in runs]),
+        _over_seeds([run.last("val/loss") for run in runs]),
+        _over_seeds([run.metrics.get("train_tokens", run.last("compute/tokens")) for run in runs]),
+        _over_seeds([run.metrics.get("train_flops", run.last("compute/flops")) for run in runs]),
+        _over_seeds([run.metrics.get("train_seconds") for run in runs]),
     )
 
 
@@ -167,17 +169,31 @@ def _nothing() -> Interval:
     return Interval(math.nan, math.nan, math.nan)
 
 
-def _mean(values: Sequence[Any]) -> float | None:
+def _over_seeds(values: Sequence[Any]) -> Interval:
+    """The mean of what is known, with its interval where that is of two or more runs; nan where nothing is."""
     known = [float(value) for value in values if isinstance(value, int | float)]
-    return sum(known) / len(known) if known else None
+    if not known or min(known) <= 0:  # a loss of exactly 0 has no logarithm
+        return Interval(sum(known) / len(known), math.nan, math.nan) if known else _nothing()
+    return interval_over_seeds(known)
 
 
-def _accuracies(run: StudyRun) -> list[float]:
-    """Teacher-forced accuracy by alignment step, of the last validation."""
+def _mean_by_step(by_run: Sequence[list[float]]) -> list[float]:
+    depth = min(map(len, by_run))
+    return np.mean([values[:depth] for values in by_run], axis=0).tolist()
+
+
+def _by_step(run: StudyRun, stem: str) -> list[float]:
+    """`<stem>/step1`, `<stem>/step2`, … of the last validation."""
     found: list[float] = []
-    while (value := run.last(f"val/accuracy/step{len(found) + 1}")) is not None:
+    while (value := run.last(f"{stem}/step{len(found) + 1}")) is not None:
         found.append(value)
     return found
+
+
+def _forced(run: StudyRun) -> list[float]:
+    """val/forced_accuracy by depth; of runs that did not log it, the accuracy of step 1 at every depth."""
+    accuracies = _by_step(run, "val/accuracy")
+    return _by_step(run, "val/forced_accuracy") or accuracies[:1] * len(accuracies)
 
 
 def rate_intervals(records: Sequence[Record]) -> list[Interval]:

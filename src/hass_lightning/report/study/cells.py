@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product, takewhile
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from hass_lightning.report.study.runs import ABSENT, NO_SETTING, StudyRun, differing
+from hass_lightning.report.study.runs import ABSENT, NO_SETTING, StudyRun, differing, flatten
 
 Factors = dict[str, list[Any]]  # name to the level of each cell
 
@@ -41,16 +43,36 @@ def make_cells(runs: Sequence[StudyRun]) -> list[StudyCell]:
     """Group runs by what they were made from, in the order of their first runs."""
     groups: dict[tuple, list[StudyRun]] = {}
     for run in runs:
-        key = tuple(sorted((name, str(value)) for name, value in run.settings.items()))
-        groups.setdefault(key or (str(run.folder),), []).append(run)
+        groups.setdefault(_settings_key(run), []).append(run)
     grouped = list(groups.values())
     factors = find_factors([group[0] for group in grouped])
     cells = []
     for position, group in enumerate(grouped):
         levels = {name: values[position] for name, values in factors.items()}
-        label = ", ".join(f"{name}={show(level)}" for name, level in levels.items()) or group[0].name
+        said = {name: level for name, level in levels.items() if level != ABSENT} or levels
+        label = ", ".join(f"{name}={show(level)}" for name, level in said.items()) or group[0].name
         cells.append(StudyCell(label, levels, group))
     return cells
+
+
+def without_repeats(runs: Sequence[StudyRun]) -> tuple[list[StudyRun], list[tuple[str, str]]]:
+    """The first run of each (settings, seed), and the others with the reason why they are left out.
+
+    A repeated run is no new draw: counted twice, it would shrink intervals and p-values.
+    """
+    first: dict[tuple, StudyRun] = {}
+    repeats = []
+    for run in runs:
+        key = (*_settings_key(run), run.seed)
+        if key in first:
+            repeats.append((run.name, f"repeats {first[key].name}: the same settings and the same seed"))
+        else:
+            first[key] = run
+    return list(first.values()), repeats
+
+
+def _settings_key(run: StudyRun) -> tuple:
+    return tuple(sorted((name, str(value)) for name, value in run.settings.items())) or (str(run.folder.resolve()),)
 
 
 def show(level: Any) -> str:
@@ -66,11 +88,7 @@ def find_factors(runs: Sequence[StudyRun]) -> Factors:
     Keys that change together are one factor. Two or more config keys that cross fully win (`experiment=eagle,had,…` is
     seen as loss × depth); else the words of the command lines, where they say it all; else the config keys.
     """
-    typed = [
-        {k: _parsed(v) for k, v in run.overrides.items() if k != "seed" and k.split(".")[0] not in NO_SETTING}
-        for run in runs
-    ]
-    words = _together(differing(typed))
+    words = _together(differing([_words(run.overrides) for run in runs]))
     keys = _together(differing([run.settings for run in runs]))
     for part, names in list(keys.items()):
         if part in words:
@@ -86,14 +104,33 @@ def find_factors(runs: Sequence[StudyRun]) -> Factors:
     return _short(by_word if told == len(runs) else by_key)
 
 
+def _words(overrides: Mapping[str, str]) -> dict[str, Any]:
+    """Overrides that can decide a result, typed; `term={k:1,weight:2}` is `term.k=1` and `term.weight=2`."""
+    found: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if key == "seed" or key.split(".")[0] in NO_SETTING:
+            continue
+        parsed = _parsed(value)
+        if isinstance(parsed, dict):
+            found |= flatten(parsed, f"{key}.")
+        else:
+            found[key] = parsed
+    return found
+
+
 def _parsed(value: str) -> Any:
-    """`3` as a number, `[1,2]` as a tuple, everything else as it is written."""
+    """`3` as a number, `[1,2]` as a tuple, `{k:1}` as a dict, else as it is written (a schedule `{0:1}`, too)."""
     try:
-        found = yaml.safe_load(value)
-    except yaml.YAMLError:
+        # Hydra needs no space behind a colon, YAML does
+        found = yaml.safe_load(re.sub(r"([{,]\s*[\w.]+):(?=\S)", r"\1: ", value))
+        if isinstance(found, str) and math.isfinite(number := float(found)):  # 1e-3 is a string to YAML 1.1
+            return number
+    except (yaml.YAMLError, ValueError):
         return value
     if isinstance(found, list):
         return tuple(map(str, found))
+    if isinstance(found, dict) and all(isinstance(key, str) for key in found):
+        return found
     return found if isinstance(found, int | float | bool) else value
 
 
@@ -153,11 +190,22 @@ def find_grid(cells: Sequence[StudyCell], baseline: int) -> Grid | None:
     """The fully crossed part of the cells, the baseline's levels first; None with fewer than two factors in it.
 
     Where combinations are missing, the levels that miss the most of them are left out, one after the other, the
-    baseline's own last.
+    baseline's own last. A baseline that lacks a factor (a study's cell without a loss term) is outside of the crossing,
+    and the first cell that has all of them is the reference.
     """
+    grid = _crossing(cells, list(range(len(cells))), baseline)
+    inside = [number for number, cell in enumerate(cells) if ABSENT not in cell.levels.values()]
+    if grid or baseline in inside or not inside:
+        return grid
+    grid = _crossing(cells, inside, inside[0])
+    outside = tuple(cell.label for cell in cells if ABSENT in cell.levels.values())
+    return grid and replace(grid, left_out=(*outside, *grid.left_out))
+
+
+def _crossing(cells: Sequence[StudyCell], used: Sequence[int], baseline: int) -> Grid | None:
     home = cells[baseline].levels
-    levels = {name: _ordered([cell.levels[name] for cell in cells], home[name]) for name in home}
-    at = {tuple(repr(cell.levels[name]) for name in home): position for position, cell in enumerate(cells)}
+    levels = {name: _ordered([cells[position].levels[name] for position in used], home[name]) for name in home}
+    at = {tuple(repr(cells[position].levels[name]) for name in home): position for position in used}
     left_out: list[str] = []
     while len([name for name in levels if len(levels[name]) > 1]) >= 2:
         wanted = list(product(*([repr(level) for level in levels[name]] for name in home)))

@@ -124,14 +124,14 @@ def _numbers(cells: Sequence[StudyCell], factor: str) -> dict[int, float]:
     return {position: cell.levels[factor] for position, cell in enumerate(cells) if is_number(cell.levels[factor])}
 
 
-def costs_of(rows: Sequence[Row]) -> tuple[str, list[float | None]] | None:
+def costs_of(rows: Sequence[Row]) -> tuple[str, list[float]] | None:
     """What training a cell cost: FLOPs where they were logged, else seconds, else tokens."""
     for title, values in (
-        ("training FLOPs", [row.flops for row in rows]),
-        ("training seconds", [row.seconds for row in rows]),
-        ("training tokens", [row.tokens for row in rows]),
+        ("training FLOPs", [row.flops.value for row in rows]),
+        ("training seconds", [row.seconds.value for row in rows]),
+        ("training tokens", [row.tokens.value for row in rows]),
     ):
-        if all(values):
+        if all(is_number(value) and value for value in values):
             return title, values
     return None
 
@@ -171,14 +171,14 @@ def pareto_figure(study: Study) -> go.Figure | None:
 def gap_figure(study: Study) -> go.Figure | None:
     """The exposure gap by depth: left on decoding, right on the features alone."""
     rows = study.rows
-    if not any(row.teacher_forced for row in rows):
+    if not any(row.forced for row in rows):
         return None
-    titles = ["teacher-forced a<sub>k</sub> minus decoded a<sub>k</sub>", "accuracy lost from step 1 to step k"]
+    titles = ["a<sub>k</sub> on true features minus decoded a<sub>k</sub>", "accuracy lost from step 1 to step k"]
     figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.09)
     for index, row in enumerate(rows):
-        pairs = list(zip(row.teacher_forced, row.rates, strict=False))
+        pairs = list(zip(row.forced, row.rates, strict=False))
         decoded = [Interval(t - r.value, t - r.high, t - r.low) for t, r in pairs]
-        lost = [Interval(row.teacher_forced[0] - each, math.nan, math.nan) for each in row.teacher_forced]
+        lost = [Interval(row.accuracies[0] - each, math.nan, math.nan) for each in row.accuracies]
         for column, gaps in ((1, decoded), (2, lost)):
             figure.add_scatter(
                 x=list(range(1, len(gaps) + 1)),

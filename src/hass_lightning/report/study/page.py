@@ -25,9 +25,10 @@ from hass_lightning.report.study.tables import (
 )
 
 GAP_NOTE = (
-    "Teacher-forced: top-1 accuracy on the validation answers at alignment step k, always unrolled to the same depth. "
-    "Decoded: accepted at depth k, of those that got there (a tree offers several tokens a depth, so that this gap may "
-    "be negative). Right, free of the tree: what the head loses by seeing its own features instead of the target's."
+    "Left: how often the head is right at depth k when it sees the target's true features (validation answers, of the "
+    "chains whose first k-1 tokens were right; runs that did not log it: at step 1, of all positions), minus how often "
+    "depth k was accepted when decoding, of those that got there. A tree offers several tokens a depth, so that this "
+    "gap may be negative. Right, free of the tree: what the head loses over all positions by seeing its own features."
 )
 EFFECTS_NOTE = "Blue: main effects. Orange: interactions. Filled: shown at the 5 % level, Holm over all tests. "
 FRONT_NOTE = "Filled: no other cell has both more τ and less cost. Differences within the whiskers are not shown."

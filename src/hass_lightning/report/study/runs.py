@@ -62,7 +62,8 @@ def load_runs(
 
     Args:
         paths: one folder or a list. records: folders (or files) of `hass-benchmark` that measured these heads together;
-            its labels are the names of the run folders. What they hold takes the place of the runs' own records.
+            its labels are the names of the run folders. What they hold takes the place of the runs' own records; runs
+            that they do not hold are left out, for their own records are of other questions.
 
     Raises:
         ValueError: a folder that is neither a sweep nor a run, or records that fit no run.
@@ -72,8 +73,13 @@ def load_runs(
         runs += _load(Path(path))
     if not runs:
         raise ValueError("runs is empty: give a sweep folder (runs/sweeps/<name>) or a list of run folders.")
-    for path in [records] if isinstance(records, str | Path) else records:
-        _take_records(runs, Path(path))
+    benchmarks = [Path(path) for path in ([records] if isinstance(records, str | Path) else records)]
+    measured = [run for path in benchmarks for run in _take_records(runs, path)]
+    if benchmarks:
+        where = ", ".join(map(str, benchmarks))
+        for run in runs:
+            if run not in measured and run.status == "completed":
+                run.status, run.error = "not measured", f"records: {where} did not measure this head with the others"
     return runs
 
 
@@ -153,21 +159,23 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _take_records(runs: list[StudyRun], path: Path) -> None:
-    """Give each run the records of its head, and all of them the baseline's."""
+def _take_records(runs: list[StudyRun], path: Path) -> list[StudyRun]:
+    """Give each run the records of its head and the baseline's; the runs that got some."""
     records = read_records(path / "records.jsonl" if path.is_dir() else path)
     shared = [record for record in records if record.decoder == BASELINE or not record.draft]
-    taken = False
+    taken = []
     for run in runs:
         names = (run.name, f"{run.folder.resolve().parent.name}/{run.name}")
         own = [record for record in records if record.draft in names]
         if own:
-            run.records, taken = [*shared, *own], True
+            run.records = [*shared, *own]
+            taken.append(run)
     if not taken:
         labels = sorted({record.draft for record in records if record.draft})
         raise ValueError(
             f"records: {path} measured {', '.join(labels) or 'no head'}, and none of these is a run folder of runs."
         )
+    return taken
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -12,13 +12,13 @@ from hass_lightning.report.study.analysis import DECODED, Row, Study
 from hass_lightning.report.study.cells import show
 from hass_lightning.report.study.claims import ABOUT, claims_of
 from hass_lightning.report.study.runs import differing
-from hass_lightning.report.tables import Cell, Column, Table
+from hass_lightning.report.tables import Cell, Column, Table, is_number
 
 BASELINE_WORD = "(baseline)"
 
 
-def _cell(interval: Interval) -> Cell:
-    return Cell(interval.value, interval.low, interval.high)
+def _cell(interval: Interval, unit: float = 1.0) -> Cell:
+    return Cell(interval.value / unit, interval.low / unit, interval.high / unit)
 
 
 def cells_table(study: Study) -> Table:
@@ -37,13 +37,13 @@ def cells_table(study: Study) -> Table:
         *(Column(f"a{depth}", f"a{depth}", interval=True) for depth in range(1, deepest + 1)),
     ]
     optional = [
-        ("loss", "val_loss", 3, [row.loss for row in rows]),
-        ("tokens (k)", "tokens_thousands", 0, [_scaled(row.tokens, 1e3) for row in rows]),
-        ("TFLOPs", "tflops", 2, [_scaled(row.flops, 1e12) for row in rows]),
-        ("seconds", "train_seconds", 0, [row.seconds for row in rows]),
+        ("loss", "val_loss", 3, [_cell(row.loss) for row in rows]),
+        ("tokens (k)", "tokens_thousands", 0, [_cell(row.tokens, 1e3) for row in rows]),
+        ("TFLOPs", "tflops", 2, [_cell(row.flops, 1e12) for row in rows]),
+        ("seconds", "train_seconds", 0, [_cell(row.seconds) for row in rows]),
     ]
-    shown = [each for each in optional if any(value is not None for value in each[3])]
-    columns += [Column(header, name, digits=digits) for header, name, digits, _ in shown]
+    shown = [each for each in optional if any(is_number(cell.value) for cell in each[3])]
+    columns += [Column(header, name, digits=digits, interval=True) for header, name, digits, _ in shown]
     found = dict(zip([p for p in range(len(rows)) if p != study.baseline], study.comparisons, strict=False))
     lines = []
     for position, row in enumerate(rows):
@@ -53,13 +53,9 @@ def cells_table(study: Study) -> Table:
             compared[2] = Cell(BASELINE_WORD)
         rates = [_cell(rate) for rate in row.rates] + [Cell()] * (deepest - len(row.rates))
         start = [Cell(row.label), Cell(row.num_seeds), _cell(row.tau)]
-        extra = [Cell(values[position]) for _, _, _, values in shown]
+        extra = [values[position] for _, _, _, values in shown]
         lines.append([*start, *compared, _cell(row.speedup), *rates, *extra])
     return Table(columns, lines, notes=notes(study))
-
-
-def _scaled(value: float | None, unit: float) -> float | None:
-    return None if value is None else value / unit
 
 
 def _compared(effect: Effect) -> list[Cell]:
@@ -75,7 +71,8 @@ def notes(study: Study) -> list[str]:
         else "simulated τ: a chain on the validation answers (nothing was decoded in every run)"
     )
     several = any(row.num_seeds > 1 for row in study.rows)
-    spread = "over seeds where there are two or more, else over questions" if several else "over questions"
+    spread = "over seeds where there are two or more (loss and compute, too), else over questions"
+    spread = spread if several else "over questions"
     return [
         f"{what}; [95 % interval], {spread}. a_k: accepted at depth k, of those that got there.",
         f"{ABOUT[study.unit]} p-values: Holm over all tests of this report.",

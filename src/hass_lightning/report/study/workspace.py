@@ -11,6 +11,8 @@ from typing import Any
 
 from hass_lightning.report.study.analysis import Study
 from hass_lightning.report.study.claims import claims_of
+from hass_lightning.target.source import server_answers
+from hass_lightning.wandb_key import has_wandb_key, wandb_server
 
 log = logging.getLogger(__name__)
 SPEC_FILE = "wandb_workspace.json"
@@ -29,7 +31,7 @@ def workspace_spec(study: Study, name: str, project: str, entity: str | None = N
     group alone, grouped by what tells its cells apart.
     """
     deepest = max((len(row.rates) for row in study.rows), default=0)
-    steps = max((len(row.teacher_forced) for row in study.rows), default=0)
+    steps = max((len(row.accuracies) for row in study.rows), default=0)
 
     def lines(x: str, *y: str) -> dict[str, Any]:
         return {"kind": "LinePlot", "x": x, "y": list(y)}
@@ -87,7 +89,10 @@ def save_workspace(spec: dict[str, Any], folder: Path) -> str:
     """
     path = folder / SPEC_FILE
     path.write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
-    missing = _missing(spec)
+    missing = _missing()
+    if not missing:
+        spec = spec | {"entity": spec["entity"] or _default_entity()}
+        missing = "" if spec["entity"] else "name the owner of the project: wandb_entity=<you or your team>"
     if missing:
         log.warning("the W&B workspace is described in %s and not saved: %s", path, missing)
         return str(path)
@@ -97,17 +102,30 @@ def save_workspace(spec: dict[str, Any], folder: Path) -> str:
     return str(workspace.url)
 
 
-def _missing(spec: dict[str, Any]) -> str:
+def _missing() -> str:
     """What keeps the workspace from being saved, with its cure; empty if nothing does."""
     try:
         importlib.import_module("wandb_workspaces.workspaces")
     except ImportError:
         return "pip install wandb-workspaces, then the same command"
-    if not os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline":
+    if not has_wandb_key() or os.environ.get("WANDB_MODE") == "offline":
         return (
-            "set WANDB_API_KEY (and not WANDB_MODE=offline), upload the runs with `wandb sync`, then the same command"
+            "`wandb login` or set WANDB_API_KEY (and not WANDB_MODE=offline), upload the runs with `wandb sync`, then "
+            "the same command"
         )
-    return "" if spec["entity"] else "name the owner of the project: wandb_entity=<you or your team>"
+    return "" if server_answers(wandb_server()) else f"the W&B server {wandb_server()} does not answer"
+
+
+def _default_entity() -> str | None:
+    """The owner of new projects of whoever is logged in; None where the server does not say."""
+    import wandb
+    from wandb.errors import Error
+
+    try:
+        return wandb.Api().default_entity
+    except Error as error:
+        log.warning("W&B names no default entity: %s", error)
+        return None
 
 
 def _panels(module: Any, section: dict[str, Any]) -> list[Any]:
