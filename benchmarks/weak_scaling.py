@@ -1,6 +1,6 @@
 """Weak scaling: the same work a process with 1 and 2 processes, and the bytes each strategy sends in a step.
 
-    python benchmarks/weak_scaling.py [--steps 40] [--strategies ddp_cpu deepspeed_zero1 deepspeed_zero2 …]
+    python benchmarks/weak_scaling.py [--steps 24] [--strategies ddp_cpu deepspeed_zero1 deepspeed_zero2 …]
 
 Every run trains the quickstart's head (SmolLM2-135M, depth 1 unless `--overrides` says otherwise) on 4 conversations a
 process and step, one thread a process, in a network namespace of its own (`unshare -rn`), where nothing but its
