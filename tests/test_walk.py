@@ -98,6 +98,8 @@ def small(program, words, tiny):
         return [*changed, *TINY]
     two = "trainer.devices=2" in words or "trainer=ddp_cpu" in words
     changed += [word for word in TRAIN if not (two and word == "trainer.devices=1")]
+    if any(word.startswith("experiment=reproduce/") for word in words):  # the system prompt, a token a letter
+        changed.append("data.max_length=2048")
     changed += [] if "callbacks.decoding=null" in words else DECODE
     if program == "doctor":
         return [*changed, "trainer.max_steps=2", "overfit_steps=0", "num_samples=20"]
