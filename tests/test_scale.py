@@ -50,6 +50,15 @@ def losses(run_dir):
     return found
 
 
+def validation(run_dir):
+    """The last value of every val/… column."""
+    found = {}
+    with (run_dir / "csv" / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            found |= {name: float(value) for name, value in row.items() if name.startswith("val/") and value}
+    return found
+
+
 # --- a changed config, a silent server -------------------------------------------------------------------------------
 
 
@@ -179,13 +188,19 @@ def straight(tmp_path_factory, cache_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["ddp_cpu", "deepspeed_zero1", "deepspeed_zero2"])
+@pytest.mark.parametrize("trainer", ["ddp_cpu", "deepspeed_zero0", "deepspeed_zero1", "deepspeed_zero2"])
 def test_processes_and_stages_have_the_loss_curve_of_one_process(straight, trainer):
     if trainer.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
     one, other = losses(straight("cpu")), losses(straight(trainer))
     assert list(one) == list(other) == list(range(60))
     assert list(other.values()) == pytest.approx(list(one.values()), rel=1e-3)
+    sums, theirs = (
+        validation(straight("cpu")),
+        validation(straight(trainer)),
+    )  # reduced once
+    assert len(sums) > 10
+    assert theirs == pytest.approx(sums, rel=1e-3)
 
 
 def interrupt(process, run_dir, trainer):
@@ -302,7 +317,16 @@ def test_zero_3_trains_and_exports_the_whole_head(run_command):
 
 
 @pytest.mark.slow
-def test_a_recipe_runs_with_the_tiny_target_to_the_end(run_command, tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "trainer"),
+    [
+        ("llama2_7b_chat", ()),
+        ("llama2_13b_chat", ("trainer.precision=32-true",)),
+        ("llama3_8b_instruct", ("trainer=deepspeed_zero2", "trainer.gradient_clip_algorithm=norm")),
+        ("llama3_70b_instruct", ("model/loss=hass", "model.optimizer.lr=1.0e-5")),
+    ],
+)
+def test_a_recipe_runs_with_the_tiny_target_to_the_end(run_command, tmp_path, recipe, trainer):
     pytest.importorskip("datasets")
     folder = tmp_path / "sharegpt"
     folder.mkdir()
@@ -315,7 +339,8 @@ def test_a_recipe_runs_with_the_tiny_target_to_the_end(run_command, tmp_path):
     ]
     (folder / "train.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     words = (
-        "experiment=reproduce/llama2_7b_chat",
+        f"experiment=reproduce/{recipe}",
+        *trainer,
         "target=tiny",
         f"data.source.path={folder}",
         "data.num_validation=4",

@@ -170,6 +170,19 @@ def test_a_hub_data_set_out_of_reach_says_so_at_once():
         HubDataset("owner/name").load(None)
 
 
+def test_a_hub_data_set_of_an_earlier_run_needs_no_hub(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # given back after the test
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(GOOD | {"id": str(n)}) + "\n" for n in range(3)))
+    datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path))
+    kept = (tmp_path / "json").rename(tmp_path / "owner___name")  # laid out as a data set of the hub is
+    (configuration,) = kept.glob("default-*")
+    (file,) = configuration.rename(kept / "default").rglob("*.arrow")
+    file.rename(file.with_name("name-train.arrow"))
+    assert [c.id for c in HubDataset("owner/name").load(None)] == ["0", "1", "2"]
+
+
 def test_a_local_data_set_folder_is_read(tmp_path):
     pytest.importorskip("datasets")
     folder = tmp_path / "set"

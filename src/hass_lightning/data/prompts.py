@@ -187,17 +187,24 @@ class HubDataset:
             ValueError: it is not installed, or the data set cannot be reached.
         """
         try:
-            from datasets import load_dataset
+            import datasets
         except ImportError as error:
             raise ValueError(
                 "data from the hub needs the `datasets` library: pip install 'hass-lightning[data]'"
             ) from error
         from hass_lightning.target.source import _hub_answers
 
-        if not Path(self.path).exists() and not _hub_answers():
+        offline = not Path(self.path).exists() and not _hub_answers()
+        if offline:
+            datasets.config.HF_HUB_OFFLINE = True  # what an earlier run left in the cache, without minutes of retries
+        try:
+            records = datasets.load_dataset(self.path, split=self.split, revision=self.revision)
+        except OSError as error:
+            if not offline:
+                raise
             raise ValueError(
-                f"the data set {self.path} is not a local folder and the Hugging Face hub cannot be reached: download "
-                "it elsewhere and set data.source.path to the folder, or use data=jsonl with a file."
-            )
-        records = load_dataset(self.path, split=self.split, revision=self.revision)
+                f"the data set {self.path} is neither a local folder nor in the cache, and the Hugging Face hub cannot "
+                "be reached: download it elsewhere and set data.source.path to the folder, or use data=jsonl with a "
+                "file."
+            ) from error
         return with_system_prompt(parse_all(records, self.path, self.limit), self.system_prompt)
