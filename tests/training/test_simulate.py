@@ -6,14 +6,16 @@ from training_toys import make_module
 
 from hass_lightning.measure.simulate import simulated_hits
 
+WHOLE = torch.tensor([16, 16])
 
-def slow_counts(draft, head, vocabulary, input_ids, features, loss_mask, depth):
+
+def slow_counts(draft, head, vocabulary, input_ids, features, loss_mask, lengths, depth):
     """Chain by chain, drafting as decoding does: true features up to the start, then the head's own."""
     counts = {"starts": 0} | {
         f"{n}{j}": 0 for n in ("hits", "survived", "reached", "forced") for j in range(1, depth + 1)
     }
     batch, length = input_ids.shape
-    asked = [[bool(loss_mask[b, t]) for t in range(length - 2)] for b in range(batch)]
+    asked = [[bool(loss_mask[b, t]) and t < lengths[b] - 2 for t in range(length - 2)] for b in range(batch)]
 
     def true_hit(b, row):
         """Whether the head is right at a row that has seen true features alone."""
@@ -76,12 +78,31 @@ def test_counts_equal_the_slow_loop(tiny, batch, depth, pruned, chunk_rows):
     module = make_module(tiny, token_ids=torch.arange(0, 259, 2) if pruned else None)
     input_ids, features, loss_mask = batch
     input_ids = guessed(module, input_ids, features, loss_mask, depth)
-    arguments = (module.draft, module.head, module.vocabulary, input_ids, features, loss_mask, depth)
+    arguments = (module.draft, module.head, module.vocabulary, input_ids, features, loss_mask, WHOLE, depth)
     counts = {name: int(value) for name, value in simulated_hits(*arguments, chunk_rows=chunk_rows).items()}
     with torch.no_grad():
         assert counts == slow_counts(*arguments)
     assert counts["starts"] == int(loss_mask[:, :14].sum())
     assert 0 < counts["survived1"] == counts["hits1"] < counts["starts"]
+
+
+def test_an_answer_counts_the_same_beside_a_longer_one(tiny, batch):
+    """The last row of an answer that was cut off has no next token to hit, with padding behind it or not."""
+    module = make_module(tiny)
+    input_ids, features, loss_mask = batch
+    loss_mask[1, 8:] = False
+    loss_mask[1, 2:8] = True  # cut at token 8: row 7 predicts a token that nobody wrote
+    parts = (module.draft, module.head, module.vocabulary)
+    both = simulated_hits(*parts, input_ids, features, loss_mask, torch.tensor([16, 9]), 3)
+    alone = [
+        simulated_hits(*parts, input_ids[b : b + 1, :n], features[b : b + 1, :n], loss_mask[b : b + 1, :n],
+                       torch.tensor([n]), 3)
+        for b, n in ((0, 16), (1, 9))
+    ]  # fmt: skip
+    assert {name: int(value) for name, value in both.items()} == {
+        name: int(alone[0][name] + alone[1][name]) for name in both
+    }
+    assert int(alone[1]["starts"]) == 5
 
 
 def test_a_head_that_is_always_right_survives_to_the_end_of_the_answer(tiny, batch, monkeypatch):
@@ -98,7 +119,7 @@ def test_a_head_that_is_always_right_survives_to_the_end_of_the_answer(tiny, bat
         def to_token_ids(self, indices):
             return indices
 
-    counts = simulated_hits(module.draft, module.head, Right(), input_ids, features, loss_mask, 4)
+    counts = simulated_hits(module.draft, module.head, Right(), input_ids, features, loss_mask, WHOLE, 4)
     assert {name: int(value) for name, value in counts.items()} == {
         "starts": 6, "hits1": 6, "hits2": 6, "hits3": 6, "hits4": 6,
         "survived1": 6, "survived2": 5, "survived3": 4, "survived4": 3,
@@ -111,6 +132,6 @@ def test_no_answer_is_no_chain(tiny, batch):
     input_ids, features, loss_mask = batch
     module = make_module(tiny)
     counts = simulated_hits(
-        module.draft, module.head, module.vocabulary, input_ids, features, torch.zeros_like(loss_mask), 3
+        module.draft, module.head, module.vocabulary, input_ids, features, torch.zeros_like(loss_mask), WHOLE, 3
     )
     assert not any(int(value) for value in counts.values())

@@ -20,6 +20,7 @@ def simulated_hits(
     input_ids: Tensor,
     features: Tensor,
     loss_mask: Tensor,
+    lengths: Tensor,
     depth: int,
     chunk_rows: int = 256,
 ) -> dict[str, Tensor]:
@@ -30,7 +31,7 @@ def simulated_hits(
     vocabulary.
 
     Args:
-        input_ids: [B, T]. features: [B, T, D]. loss_mask: [B, T] on rows. depth: J.
+        input_ids: [B, T]. features: [B, T, D]. loss_mask: [B, T] on rows. lengths: [B]. depth: J.
 
     Returns:
         scalar counts. `starts`, `hits1` … `hitsJ` (marginal), `survived1` … `survivedJ` (joint), and of the chains
@@ -38,7 +39,9 @@ def simulated_hits(
         token j the head gets right where it sees true features alone (its step 1 at that row).
     """
     length = input_ids.shape[1]
-    mask = loss_mask[:, : length - 2]  # rows whose answer token t+2 exists
+    # rows whose answer token t+2 exists, whatever the other sequences' lengths
+    exists = torch.arange(length - 2, device=lengths.device) < lengths[:, None] - 2
+    mask = loss_mask[:, : length - 2] & exists.to(loss_mask.device)
     wanted = input_ids[:, 2:]
     embeddings = head.embed(input_ids[:, 1:])
     hits = []

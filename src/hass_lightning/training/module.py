@@ -161,6 +161,7 @@ class HassModule(L.LightningModule):
             features.input_ids,
             inputs,
             features.loss_mask,
+            features.lengths,
             self.validation_depth,
         )
         for name, value in sums.items():
