@@ -139,6 +139,7 @@ def test_a_sweep_is_cut_to_its_first_cells():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)  # a hundred commands, each a start of its own
 def test_the_commands_of_the_pages_run_in_their_order(call_command, run_command, tiny, tmp_path, monkeypatch):
     prepare_folder(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

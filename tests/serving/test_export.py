@@ -205,7 +205,7 @@ FAULTS = {
     ),
     "bias: true": (config_fault(bias=True), r"bias=True: vllm would read it as biases of q, k, v and o"),
     "the target's layer count": (config_fault(num_hidden_layers=30), r"num_hidden_layers=30 instead of 1"),
-    "an architecture": (config_fault(architectures=["LlamaForCausalLM"]), "architectures="),
+    "an architecture": (config_fault(architectures=["LlamaForCausalLMEagle"]), "architectures="),
     "q, k, v, o biases": (config_fault(attention_bias=True), "attention_bias=True"),
     "positions of the official files": (config_fault(max_position_embeddings=512), "max_position_embeddings=512"),
     "a lost rope_theta": (config_fault(rope_theta="dropped"), "rope_theta=None instead of 10000"),
