@@ -216,6 +216,8 @@ def test_the_ends_alone_are_the_same_target_without_layers(tiny):
     assert (ends.fingerprint, ends.dtype, ends.eos_token_ids) == (tiny.fingerprint, tiny.dtype, tiny.eos_token_ids)
     with pytest.raises(ValueError, match=r"target\.head_only=true reads no layers.*hass-prepare"):
         ends.encode(torch.ones(1, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"target\.head_only=true reads no layers"):  # nor has a copy of it any
+        ends.in_dtype(torch.bfloat16).encode(torch.ones(1, 4, dtype=torch.int64))
 
 
 def test_sizes_are_checked_against_the_config(tiny):

@@ -101,7 +101,9 @@ class TargetModel:
         config: the LM's config. tokenizer: its tokenizer. head: its embedding and LM head. folder: where it was read.
     """
 
-    def __init__(self, model, tokenizer, name: str, folder: Path, chat_template: str | None = None):
+    def __init__(
+        self, model, tokenizer, name: str, folder: Path, chat_template: str | None = None, head_only: bool = False
+    ):
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         self.chat_template = chat_template  # None: the tokenizer's own
@@ -116,7 +118,7 @@ class TargetModel:
                     f"target {name} changes its logits after the LM head ({key}={value}), which is not supported: "
                     "sampled answers would not be the model's own. Take a LLaMA-like target."
                 )
-        self.head_only = False  # the layers between embedding and LM head were left out
+        self.head_only = head_only  # the layers between embedding and LM head were left out
         lm_head = model.get_output_embeddings()
         self.head = TargetHead(model.get_input_embeddings().weight, lm_head.weight, getattr(lm_head, "bias", None))
         self._step: Callable[[Tensor, KVCache, Tensor, Tensor | None], Tensor]
@@ -206,9 +208,7 @@ class TargetModel:
                 "target.device_map leaves the embedding or the LM head on the disk, but the draft head needs them in "
                 "memory: name a device for embed_tokens and lm_head in target.device_map."
             )
-        target = cls(model, tokenizer, name, folder, template)
-        target.head_only = head_only
-        return target
+        return cls(model, tokenizer, name, folder, template, head_only)
 
     @property
     def device(self) -> torch.device:
@@ -317,7 +317,7 @@ class TargetModel:
         from copy import deepcopy
 
         model = deepcopy(self.model).to(dtype)
-        return TargetModel(model, self.tokenizer, self.name, self.folder, self.chat_template)
+        return TargetModel(model, self.tokenizer, self.name, self.folder, self.chat_template, self.head_only)
 
     def in_fp32(self) -> TargetModel:
         """This target in fp32, where identity is checked: itself, or a second copy."""
