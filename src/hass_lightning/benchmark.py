@@ -200,8 +200,8 @@ def heads_of(path: str) -> list[str]:
     ledger = Ledger(path)
     if not ledger.path.is_file():
         return [path]
-    cells = [str(ledger.folder / entry.cell) for entry in ledger.latest().values() if entry.status == "completed"]
-    found = [cell for cell in cells if (Path(cell) / "draft").is_dir()]
+    cells = [ledger.folder_of(entry) for entry in ledger.latest().values() if entry.status == "completed"]
+    found = [str(cell) for cell in cells if (cell / "draft").is_dir()]
     if not found:
         raise ValueError(f"drafts names the sweep {path}, none of whose {len(cells)} finished cells has a head.")
     return found

@@ -21,6 +21,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hass_lightning.files import write_whole
 from hass_lightning.ledger import REQUEUE_EXIT_CODE, RESULT_FILE_VARIABLE
 from hass_lightning.names import safe_name
 from hass_lightning.redaction import RedactingFilter, redact
@@ -116,9 +117,7 @@ def write_result(**values: Any) -> None:
     path = os.environ.get(RESULT_FILE_VARIABLE)
     if not path or (Path(path).exists() if "error" in values else not is_first_process()):
         return
-    partial = Path(f"{path}.partial{os.getpid()}")
-    partial.write_text(json.dumps(values, default=str))
-    partial.replace(path)
+    write_whole(path, json.dumps(values, default=str))
 
 
 def user_error(error: BaseException) -> str | None:

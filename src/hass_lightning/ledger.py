@@ -130,6 +130,11 @@ class Ledger:
             found[entry.cell] = entry
         return found
 
+    def folder_of(self, entry: Entry) -> Path:
+        """Where a cell's files are: a sweep that was moved or copied still has its cells, under their names."""
+        here = self.folder / entry.cell
+        return next((folder for folder in (here, Path(entry.folder)) if folder.is_dir()), here)
+
     def lock(self, cell: str) -> int | None:
         """Take a cell, or None if somebody has it. The lock is held by the returned open file, and so by every process
         that inherits it: a job that outlives its killed launcher still holds its cell, and no second launch starts it.

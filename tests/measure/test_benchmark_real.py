@@ -34,6 +34,17 @@ def models(tmp_path_factory):
     return DecodingModels(target, EagleDraft(draft_config(target.config)).eval(), small=target)
 
 
+def every_decoder(tree):
+    return {
+        "autoregressive": Autoregressive(),
+        "prompt_lookup": PromptLookup(),
+        "draft_model": DraftModel(depth=3),
+        "chain": Chain(depth=2),
+        "static_tree": StaticTree(),
+        "dynamic_tree": tree,
+    }
+
+
 def in_bf16(models):
     target = models.target.in_dtype(torch.bfloat16)
     draft = EagleDraft(models.draft.config).eval()
@@ -42,14 +53,7 @@ def in_bf16(models):
 
 
 def test_all_decoders_are_measured_and_lossless(models, tmp_path):
-    decoders = {
-        "autoregressive": Autoregressive(),
-        "prompt_lookup": PromptLookup(),
-        "draft_model": DraftModel(depth=3),
-        "chain": Chain(depth=2),
-        "static_tree": StaticTree(),
-        "dynamic_tree": DynamicTree(num_nodes=6, depth=2, width=3),
-    }
+    decoders = every_decoder(DynamicTree(num_nodes=6, depth=2, width=3))
     path = tmp_path / "records.jsonl"
     records = run_benchmark(
         {"head": models},
@@ -83,14 +87,7 @@ def test_all_decoders_are_measured_and_lossless(models, tmp_path):
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 13, 40])
 def test_replay_accepts_what_decoding_accepts(models, max_new_tokens):
     """Cycle by cycle the same, for every decoder, both turns, and an answer that the limit cuts anywhere."""
-    decoders = {
-        "autoregressive": Autoregressive(),
-        "prompt_lookup": PromptLookup(),
-        "draft_model": DraftModel(depth=3),
-        "chain": Chain(depth=2),
-        "static_tree": StaticTree(),
-        "dynamic_tree": DynamicTree(num_nodes=12, depth=4, width=3),
-    }
+    decoders = every_decoder(DynamicTree(num_nodes=12, depth=4, width=3))
     # a small model that agrees at times, so that paths of every length occur
     small = TargetModel.load(tiny_llama(), "small", dtype="float32", num_layers=1)
     given = {"head": replace(models, small=small)}

@@ -116,9 +116,10 @@ def encode_conversation(
         messages = messages[:count]
         if not messages:
             raise SkippedConversation("an empty loss mask")
-    without = tuple(replace(message, tool_calls=()) for message in messages)
-    if without != messages and render(tokenizer, without) == render(tokenizer, messages):
-        raise SkippedConversation("the chat template drops tool calls")
+    if any(message.tool_calls for message in messages):
+        without = [replace(message, tool_calls=()) for message in messages]
+        if render(tokenizer, without) == render(tokenizer, messages):
+            raise SkippedConversation("the chat template drops tool calls")
     if not last_turn_only and re.search(GENERATION_TAG, tokenizer.chat_template or ""):
         encoded = render(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         input_ids, in_answer = list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]

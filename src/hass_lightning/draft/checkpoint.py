@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from hass_lightning.draft.eagle import EagleDraft
+from hass_lightning.files import write_whole, written_aside
 from hass_lightning.target import TargetModel
 from hass_lightning.target.linear import use_few_row_linears
 
@@ -99,33 +99,26 @@ def save_draft(folder: str | Path, draft: EagleDraft, token_ids: Tensor | None, 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in draft.state_dict().items()}
-    _atomic(folder / "model.safetensors", lambda path: save_file(tensors, path))
+    with written_aside(folder / "model.safetensors") as aside:
+        save_file(tensors, aside)
     if token_ids is not None:
         save_token_ids(folder, token_ids)
     config = draft.config.to_dict() | {"architectures": ["LlamaForCausalLMEagle"]} | rope_fields(draft.config)
     config[OURS] = notes | {"fc_bias": draft.fc.bias is not None}
-    text = json.dumps(config, indent=2, default=str) + "\n"
-    _atomic(folder / "config.json", lambda path: Path(path).write_text(text))
+    write_whole(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     return folder
 
 
 def save_token_ids(folder: Path, token_ids: Tensor) -> None:
     """Write a draft vocabulary beside its head."""
-    ids = {"token_ids": token_ids.cpu().contiguous()}
-    _atomic(folder / "draft_vocab.safetensors", lambda path: save_file(ids, path))
+    with written_aside(folder / "draft_vocab.safetensors") as aside:
+        save_file({"token_ids": token_ids.cpu().contiguous()}, aside)
 
 
 def save_start(path: Path, draft: EagleDraft, features: str | None) -> None:
     """What a head was before training (hashes by tensor), and the features it learns from: `hass-export` compares."""
     hashes = {name: tensor_hash(value) for name, value in draft.state_dict().items()}
-    text = json.dumps({"features": features, "tensors": hashes}, indent=2) + "\n"
-    _atomic(path, lambda aside: Path(aside).write_text(text))
-
-
-def _atomic(path: Path, write) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    write(str(aside))
-    os.replace(aside, path)
+    write_whole(path, json.dumps({"features": features, "tensors": hashes}, indent=2) + "\n")
 
 
 def load_draft(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> SavedDraft:

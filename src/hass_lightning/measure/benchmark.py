@@ -190,12 +190,12 @@ class _Run:
                 else:
                     self._warm_up(inputs[sampling])
                     drawn = seed_of(self.seed, self.benchmark, prompt.id, turn, sampling)
-                    replayed = self.replay and not cell.is_baseline
-                    if replayed:
+                    run = cell
+                    if self._replays(cell):
                         known = known or KnownAnswer(self.target, inputs[sampling], answers[sampling].token_ids)
-                    result = (cell.on(known) if known else cell).decode(inputs[sampling], self.max_new_tokens, drawn)
-                    record.add_result(result, self.keep_proposals)
-                    if replayed:
+                        run = cell.on(known)
+                    record.add_result(run.decode(inputs[sampling], self.max_new_tokens, drawn), self.keep_proposals)
+                    if self._replays(cell):
                         record.seconds = {}
                     waiting.append((cell, record))
                 finished[id(cell)] = record
@@ -205,7 +205,7 @@ class _Run:
                 ready = [each for each in waiting if each[0].sampling in answers or each[0].sampling not in expected]
                 for each, complete in ready:
                     answer = answers.get(each.sampling)
-                    compared = each.sampling.temperature == 0 and not each.is_baseline and not self.replay
+                    compared = each.sampling.temperature == 0 and not each.is_baseline and not self._replays(each)
                     if self.auditor and answer and compared:
                         self.auditor.judge(each, complete, answer, inputs[each.sampling], in_fp32)
                     self._write(complete)
@@ -214,6 +214,10 @@ class _Run:
             self.bar.update(1)
         self.records += [finished[id(cell)] for cell in self.cells if id(cell) in finished]
         return answers
+
+    def _replays(self, cell: Cell) -> bool:
+        """Whether a cell runs on the baseline's answer instead of the target."""
+        return self.replay and not cell.is_baseline
 
     def _blank(self, cell: Cell, prompt: Conversation, turn: int, num_prompt_tokens: int) -> Record:
         return Record(
@@ -228,7 +232,7 @@ class _Run:
             max_new_tokens=self.max_new_tokens,
             category=prompt.category,
             settings=cell.settings,
-            rule=RULE if self.replay and not cell.is_baseline else cell.rule,
+            rule=RULE if self._replays(cell) else cell.rule,
             target=self.target_name,
             num_prompt_tokens=num_prompt_tokens,
         )

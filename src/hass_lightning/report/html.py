@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from hass_lightning.files import write_whole
 from hass_lightning.report.answers import Answer
 from hass_lightning.report.headline import Tile
 from hass_lightning.report.tables import Table
@@ -89,10 +89,7 @@ def arranged(sections: list[Section]) -> list[Section]:
 
 def write_page(page: Page, path: Path) -> Path:
     """Render into `path`, replacing it only when the page is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(render(page), encoding="utf-8", errors="replace")
-    part.replace(path)
+    write_whole(path, render(page), errors="replace")
     return path
 
 

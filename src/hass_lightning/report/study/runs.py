@@ -88,9 +88,7 @@ def _load(path: Path) -> list[StudyRun]:
     if ledger.path.is_file():
         found = []
         for entry in ledger.latest().values():
-            # a sweep folder that was moved or copied still has its cells, under their names
-            folder = next((f for f in (path / entry.cell, Path(entry.folder)) if f.is_dir()), path / entry.cell)
-            run = read_run(folder, entry.overrides)
+            run = read_run(ledger.folder_of(entry), entry.overrides)
             run.status, run.error = entry.status, entry.error or ""
             run.metrics = run.metrics or entry.result
             found.append(run)
