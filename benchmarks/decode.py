@@ -21,7 +21,6 @@ from time import perf_counter
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from machine import rates
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -32,6 +31,7 @@ from hass_lightning.decoding import Autoregressive, Chain, DecodingModels, Dynam
 from hass_lightning.measure.benchmark import run_benchmark
 from hass_lightning.measure.trace import Record
 from hass_lightning.types import Conversation, DecodeResult
+from machine import rates
 
 PHASES = ("prefill", "draft", "verify", "bookkeeping")
 PUBLIC = ("mt_bench", "humaneval", "gsm8k")

@@ -27,7 +27,6 @@ from time import perf_counter, process_time
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from naive_hass import naive_step
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
@@ -39,6 +38,7 @@ from hass_lightning.losses import DraftLoss, FeatureRegression, SoftCrossEntropy
 from hass_lightning.target.head import TargetHead
 from hass_lightning.training.module import HassModule
 from hass_lightning.types import FeatureBatch
+from naive_hass import naive_step
 
 BATCH, LENGTH = 4, 512
 PRUNED = 8192

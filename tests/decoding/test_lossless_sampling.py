@@ -77,7 +77,7 @@ def test_exact_distribution_of_texts(decoder, sampling, length, monkeypatch):
 
 def test_a_fault_shows_in_the_texts(monkeypatch):
     """The wiring test above has teeth: with the rejected token kept it fails."""
-    monkeypatch.setattr(rules, "residual", lambda tree, p, last: p[last])
+    monkeypatch.setattr(rules, "residual", lambda tree, p, last: p[last][0])
     decoder, (sampling, length) = Chain(depth=1), SAMPLINGS[0]
     found = Enumerator(monkeypatch).distribution(
         lambda: tuple(decoder.generate(toy(), PROMPT, length, sampling).token_ids)

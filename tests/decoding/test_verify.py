@@ -125,11 +125,11 @@ def thresholds_without_renormalising(tree, p):
 
 
 def residual_that_keeps_the_rejected(tree, p, last):
-    return p[last]
+    return p[last][0]
 
 
 def residual_of_positive_q(tree, p, last):
-    return (p[last] - tree.q[last]).abs() if tree.q is not None else p[last]
+    return (p[last] - tree.q[last]).abs()[0] if tree.q is not None else p[last][0]
 
 
 def verify_without_processor_on_the_bonus(tree, logits, sampling, generator):
@@ -172,7 +172,7 @@ def test_rounding_never_leaves_a_dead_end():
     """All of the support was offered and, by rounding, all of it rejected: any token of the target's will do."""
     tree = DraftTree(torch.tensor([0, 1, 2]), StaticPlan.build(((0,), (1,))).shape)
     p = torch.tensor([[0, 0.4, 0.6, 0, 0]] * 3)
-    assert torch.equal(rules.residual(tree, p, torch.tensor(0)), p[0])
+    assert torch.equal(rules.residual(tree, p, torch.tensor([0])), p[0])
     assert rules.thresholds(tree, p)[2] == pytest.approx(1)
 
 

@@ -61,8 +61,11 @@ class FeatureDataset(Dataset):
         return row
 
 
-def collate(rows: list[dict]) -> tuple[FeatureBatch, Tensor]:
-    """Right-pad to the longest: (batch with the true features, the possibly noisy input features [B, T, D])."""
+def collate(rows: list[dict]) -> tuple[FeatureBatch, Tensor | None]:
+    """Right-pad to the longest: (batch with the true features, noisy ones [B, T, D] for the head's input).
+
+    Without noise the second is None, so that nothing is pinned and sent to a GPU twice.
+    """
     lengths = torch.tensor([row["input_ids"].shape[0] for row in rows])
     longest = int(lengths.max())
 
@@ -74,7 +77,7 @@ def collate(rows: list[dict]) -> tuple[FeatureBatch, Tensor]:
         return stacked
 
     features = padded("features")
-    inputs = features if all(row["inputs"] is row["features"] for row in rows) else padded("inputs")
+    inputs = None if all(row["inputs"] is row["features"] for row in rows) else padded("inputs")
     batch = FeatureBatch(
         padded("input_ids"), padded("loss_mask"), lengths, features, padded("target_ids", -1),
         [row["id"] for row in rows],
@@ -245,11 +248,9 @@ class FeatureDataModule(L.LightningDataModule):
         return self._loader(FeatureDataset(store), batch_sampler=batches)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move features (and keep `inputs is features` when there is no noise)."""
-        moved, inputs = batch
-        same = inputs is moved.features
-        moved = moved.to(device, non_blocking=True)
-        return moved, moved.features if same else inputs.to(device, non_blocking=True)
+        """Move what `collate` made."""
+        features, noisy = batch
+        return features.to(device, non_blocking=True), noisy if noisy is None else noisy.to(device, non_blocking=True)
 
     def _loader(self, dataset: FeatureDataset, batch_sampler) -> DataLoader:
         return PrefetchingLoader(

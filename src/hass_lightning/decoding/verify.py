@@ -31,7 +31,7 @@ def verify(
     if sampling.temperature == 0:
         choice = draws.best(logits)  # [N]
         path = accepted_path(tree.token_ids == choice[tree.shape.parents], tree.shape)
-        return path, choice[last_node(path)]
+        return path, choice[last_node(path)][0]
     p = draws.probabilities(logits, sampling)
     accepted = draws.bernoulli(thresholds(tree, p), generator)
     path = accepted_path(first_sibling(accepted, tree.shape), tree.shape)
@@ -75,15 +75,18 @@ def accepted_path(taken: Tensor, shape: TreeShape) -> Tensor:
 
 
 def last_node(path: Tensor) -> Tensor:
-    """Index [] of the deepest node of a path: parents precede children."""
-    return (path * torch.arange(path.shape[0], device=path.device)).max()
+    """Index [1] of the deepest node of a path: parents precede children.
+
+    Not []: the host waits for such an index.
+    """
+    return (path * torch.arange(path.shape[0], device=path.device)).amax(0, keepdim=True)
 
 
 def residual(tree: DraftTree, p: Tensor, last: Tensor) -> Tensor:
     """Weights [V] of the token after the path's last node, all of whose children were rejected (or that has none)."""
-    target = p[last]
+    target = p[last][0]
     if tree.q is not None:
-        left = (target - tree.q[last]).clamp(min=0)
+        left = (target - tree.q[last][0]).clamp(min=0)
     else:
         children = tree.shape.parents == last
         children[0] = False

@@ -96,7 +96,7 @@ class HassModule(L.LightningModule):
         self.loss.set_progress(progress)
         self.alignment = self.planned_alignment.at(progress)
 
-    def on_train_batch_start(self, batch: tuple[FeatureBatch, Tensor], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: tuple[FeatureBatch, Tensor | None], batch_idx: int) -> None:
         """Follow the schedules."""
         self.follow_schedules()
 
@@ -107,9 +107,12 @@ class HassModule(L.LightningModule):
         mask = marked & (index >= 0)
         return mask, index[mask], marked.sum() - mask.sum()
 
-    def aligned_loss(self, batch: FeatureBatch, inputs: Tensor, normalizer: Tensor | float | None = None) -> LossOutput:
+    def aligned_loss(
+        self, batch: FeatureBatch, noisy: Tensor | None = None, normalizer: Tensor | float | None = None
+    ) -> LossOutput:
         """The loss of one batch, all alignment steps; `normalizer` defaults to the batch's own row count."""
         mask, wanted, _ = self._rows(batch)
+        inputs = batch.features if noisy is None else noisy
         embeddings = self.head.embed(batch.input_ids[:, 1:])
         steps = [f[mask] for f in unroll(self.draft, embeddings, inputs[:, :-1], self.alignment, mask)]
         targets = batch.features[:, 1:][mask]
@@ -117,15 +120,15 @@ class HassModule(L.LightningModule):
             normalizer = max(1, wanted.shape[0])
         return self.loss(steps, targets, self.vocabulary, wanted, normalizer, self.alignment.weights)
 
-    def training_step(self, batch: tuple[FeatureBatch, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[FeatureBatch, Tensor | None], batch_idx: int) -> Tensor:
         """One aligned step; the mean is over the marked rows of all processes and of all accumulated batches."""
-        features, inputs = batch
+        features, noisy = batch
         mask, _, dropped = self._rows(features)
         num_rows = mask.sum().float()
         # gradients are averaged over processes and accumulated batches: their number · Σ_local / Σ N is the global mean
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
         rows = self.trainer.datamodule.rows_of_step(self.trainer.global_step)  # type: ignore[attr-defined]
-        output = self.aligned_loss(features, inputs, max(1, rows) / parts)
+        output = self.aligned_loss(features, noisy, max(1, rows) / parts)
         if not torch.isfinite(output.total):
             broken = [name for name, value in output.values.items() if not torch.isfinite(value)]
             raise ValueError(
@@ -148,10 +151,10 @@ class HassModule(L.LightningModule):
         self._validation = {}
         self.follow_schedules()
 
-    def validation_step(self, batch: tuple[FeatureBatch, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[FeatureBatch, Tensor | None], batch_idx: int) -> None:
         """Loss at the training depth, acceptance simulated to `validation_depth`."""
-        features, inputs = batch
-        output = self.aligned_loss(features, inputs, 1.0)
+        features, noisy = batch
+        output = self.aligned_loss(features, noisy, 1.0)
         sums = {f"val/{name}": value for name, value in output.values.items()} | {"val/loss": output.total.detach()}
         sums["rows"] = torch.tensor(float(output.hits.shape[1]), device=self.device)
         sums |= simulated_hits(
@@ -159,7 +162,7 @@ class HassModule(L.LightningModule):
             self.head,
             self.vocabulary,
             features.input_ids,
-            inputs,
+            features.features if noisy is None else noisy,
             features.loss_mask,
             features.lengths,
             self.validation_depth,
