@@ -160,7 +160,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     parser.add_argument("--tree", default="", help="nodes,depth,width instead of conf/decoding/dynamic_tree.yaml's")
     parser.add_argument(
-        "--override", nargs="*", default=[], help="of conf/benchmark.yaml, such as target.dtype=bfloat16"
+        "--override",
+        nargs="*",
+        default=[],
+        help="of conf/benchmark.yaml, such as target.device=cuda target.dtype=bfloat16",
     )
     arguments = parser.parse_args()
     if arguments.threads:
@@ -178,7 +181,7 @@ def main() -> None:
         }  # fmt: skip
         names = arguments.benchmarks or (PUBLIC if os.environ.get("HASS_LIGHTNING_DATA") else ("validation",))
         prompts = {name: ask(name, config, target, arguments.limit) for name in names}
-    machine = rates(target.dtype)
+    machine = rates(target.dtype, device=target.device)
     sizes = {"autoregressive": (1, 0, 1), "chain": (4, 3, 1), "dynamic_tree": (tree.num_nodes, tree.depth, tree.width)}
     sizes["prompt_lookup"] = (9, 0, 1)
     result: dict = {"tokens_per_second": {}, "ratios": {}, "rows": {}}

@@ -1,18 +1,57 @@
-"""What the machine can do at best: the rates that measured times are compared with. Used by the other benchmarks."""
+"""What the machine can do at best, and how time and memory are taken. Used by the other benchmarks."""
 
+import ctypes
+import gc
+from pathlib import Path
 from time import perf_counter
 
 import torch
 
 
-def rates(dtype: torch.dtype = torch.float32, repeats: int = 5) -> dict[str, float]:
+def now(device: torch.device | str = "cpu") -> float:
+    """Seconds of the clock, once a GPU has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
+
+
+class Memory:
+    """Resident memory of this process (Linux), or what is allocated on a GPU, in MB."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+
+    def _status(self, name: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+
+    def forget_peak(self) -> float:
+        """Give back what is free, forget the highest value so far; what is in use then."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return torch.cuda.memory_allocated(self.device) / 2**20
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return self._status("VmRSS")
+
+    def peak(self) -> float:
+        """The highest value since `forget_peak`."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return self._status("VmHWM")
+
+
+def rates(dtype: torch.dtype = torch.float32, repeats: int = 5, device: torch.device | str = "cpu") -> dict[str, float]:
     """Operations a second of a large product, bytes a second of a copy and of a product with a vector.
 
     The best of `repeats`, with torch's current number of threads. A copy counts what it reads and what it writes.
     """
-    a, b = torch.randn(1024, 1024, dtype=dtype), torch.randn(1024, 4096, dtype=dtype)
-    block, other = torch.ones(1 << 25), torch.zeros(1 << 25)  # 128 MB each: no cache holds them
-    matrix, vector = torch.randn(24_576, 1024).to(dtype), torch.randn(1024).to(dtype)
+    where = {"dtype": dtype, "device": device}
+    a, b = torch.randn(1024, 1024, **where), torch.randn(1024, 4096, **where)
+    block, other = torch.ones(1 << 25, device=device), torch.zeros(1 << 25, device=device)  # 128 MB each: uncached
+    matrix, vector = torch.randn(24_576, 1024, **where), torch.randn(1024, **where)
     work = {
         "flops": (2 * 1024 * 1024 * 4096, lambda: a @ b),
         "copy": (2 * block.nbytes, lambda: other.copy_(block)),
@@ -21,7 +60,7 @@ def rates(dtype: torch.dtype = torch.float32, repeats: int = 5) -> dict[str, flo
     best = dict.fromkeys(work, float("inf"))
     for _ in range(repeats):
         for name, (_, run) in work.items():
-            start = perf_counter()
+            start = now(device)
             run()
-            best[name] = min(best[name], perf_counter() - start)
+            best[name] = min(best[name], now(device) - start)
     return {name: amount / best[name] for name, (amount, _) in work.items()}

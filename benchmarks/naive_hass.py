@@ -24,7 +24,7 @@ def naive_forward(draft: EagleDraft, embeddings: Tensor, bands: list[Tensor], ro
     keys = torch.stack([k.repeat_interleave(groups, 1) for k, _ in projected])  # [J, B, H, T, d]
     values = torch.stack([v.repeat_interleave(groups, 1) for _, v in projected])
     num_rows, num_bands = q.shape[2], len(bands)
-    causal = torch.ones(num_rows, num_rows, dtype=torch.bool).tril()
+    causal = torch.ones(num_rows, num_rows, dtype=torch.bool, device=q.device).tril()
     masks = [causal.tril(-(num_bands - 1))]
     for band in range(1, num_bands):
         back = num_bands - 1 - band
@@ -56,7 +56,7 @@ def naive_step(
     Returns:
         the loss, summed over the steps.
     """
-    rotary = draft.rotary(torch.arange(inputs.shape[1])[None])
+    rotary = draft.rotary(torch.arange(inputs.shape[1], device=inputs.device)[None])
     with torch.no_grad():
         probs = (targets @ lm_head.T).float().softmax(-1)  # [B, T, V]
     wanted, count = mask.to(inputs.dtype), mask.sum()

@@ -1,6 +1,6 @@
 """How cost grows with tree nodes, context, sequence length, vocabulary and alignment depth, with fitted exponents.
 
-    python benchmarks/scaling.py [--threads 2] [--repeats 3] [--plot benchmarks/scaling_cost.html]
+    python benchmarks/scaling.py [--threads 2] [--repeats 3] [--plot benchmarks/scaling_cost.html] [--device cuda]
 
 SmolLM2-135M's shape, fp32; the training step is forward and backward of the head (random features, every row marked).
 Prints a table, writes a plot, and prints one line of JSON with `exponents` (the slope of log time over log size, over
@@ -13,7 +13,6 @@ import os
 import random
 from collections.abc import Callable
 from statistics import median
-from time import perf_counter
 
 import numpy as np
 import plotly.graph_objects as go
@@ -29,6 +28,7 @@ from hass_lightning.losses import DraftLoss, FeatureRegression, SoftCrossEntropy
 from hass_lightning.target import TargetHead, TargetModel
 from hass_lightning.training.module import HassModule
 from hass_lightning.types import FeatureBatch
+from machine import now
 
 CONTEXT, LENGTH, VOCABULARY = 200, 256, 8192  # where they are not what grows
 Work = Callable[[], object]
@@ -38,7 +38,7 @@ def verify(target: TargetModel, num_nodes: int, context: int) -> Work:
     """A forward over a chain of `num_nodes` with the LM head, on a cache of `context` tokens."""
     cache = target.new_cache(1, context + num_nodes)
     cache.length = context  # zeros: what stands there costs the same
-    ids = torch.randint(0, 40_000, (1, num_nodes))
+    ids = torch.randint(0, 40_000, (1, num_nodes), device=target.device)
 
     @torch.inference_mode()
     def work() -> None:
@@ -49,7 +49,8 @@ def verify(target: TargetModel, num_nodes: int, context: int) -> Work:
 
 def guess(target: TargetModel, size: int) -> Work:
     """Three rows of the head over a draft vocabulary of `size`: logits, best three, log-sum-exp."""
-    weight, rows = torch.randn(size, target.hidden_size), torch.randn(3, target.hidden_size)
+    weight = torch.randn(size, target.hidden_size, device=target.device)
+    rows = torch.randn(3, target.hidden_size, device=target.device)
     vocabulary = TargetHead(weight, weight).draft_vocabulary()
 
     @torch.inference_mode()
@@ -64,14 +65,15 @@ def guess(target: TargetModel, size: int) -> Work:
 def train(target: TargetModel, length: int, size: int, depth: int) -> Work:
     """Forward and backward of one sequence."""
     torch.manual_seed(0)
-    draft = EagleDraft.from_target(target.config)
+    draft = EagleDraft.from_target(target.config).to(target.device)
     loss = DraftLoss({"feature": FeatureRegression(), "soft_ce": SoftCrossEntropy(0.1), "top_k": TopK()})
-    weight = torch.randn(size, target.hidden_size) * 0.05
+    weight = torch.randn(size, target.hidden_size, device=target.device) * 0.05
     module = HassModule(draft, loss, Alignment(depth), TargetHead(weight, weight), torch.optim.AdamW)
     ids = torch.randint(0, size, (1, length))
     mask = torch.ones(1, length, dtype=torch.bool)
     mask[:, -1] = False
     batch = FeatureBatch(ids, mask, torch.tensor([length]), torch.randn(1, length, target.hidden_size), ids.clone())
+    batch = batch.to(target.device)
 
     def work() -> None:
         draft.zero_grad(set_to_none=True)
@@ -92,15 +94,15 @@ def studies(target: TargetModel) -> dict[str, dict[int, Work]]:
     }
 
 
-def timed(works: dict[int, Work], repeats: int) -> dict[int, float]:
+def timed(works: dict[int, Work], repeats: int, device: str) -> dict[int, float]:
     """Median milliseconds of each size, in random order after a warm-up."""
     found: dict[int, list[float]] = {size: [] for size in works}
     for number in range(repeats + 1):
         for size in random.Random(number).sample(list(works), len(works)):
-            start = perf_counter()
+            start = now(device)
             works[size]()
             if number > 0:
-                found[size].append(1000 * (perf_counter() - start))
+                found[size].append(1000 * (now(device) - start))
     return {size: median(values) for size, values in found.items()}
 
 
@@ -114,16 +116,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plot", default="scaling_cost.html")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with initialize_config_dir(config_folder(), version_base="1.3"):
-        target = instantiate(compose("train", overrides=["target.dtype=float32"]).target)
+        overrides = ["target.dtype=float32", f"target.device={arguments.device}"]
+        target = instantiate(compose("train", overrides=overrides).target)
     figure = go.Figure()
     table = Table("what grows", "sizes", "ms", "exponent", "larger half", title="cost")
     result: dict = {"milliseconds": {}, "exponents": {}}
     for name, works in studies(target).items():
-        times = timed(works, arguments.repeats)
+        times = timed(works, arguments.repeats, arguments.device)
         larger = dict(list(times.items())[len(times) // 2 :])
         result["milliseconds"][name] = {size: round(value, 3) for size, value in times.items()}
         result["exponents"][name] = {"all": round(exponent(times), 3), "larger_half": round(exponent(larger), 3)}

@@ -1,18 +1,16 @@
 """A training step against `naive_hass.py`, a plain form with the official cost structure: tokens/s and peak memory.
 
-    python benchmarks/train_step.py [--threads 2] [--repeats 3] [--skip llama]
+    python benchmarks/train_step.py [--threads 2] [--repeats 3] [--skip llama] [--device cuda] [--attention flex]
 
 Prints tables and one line of JSON with `tokens_per_second_ratio` and `peak_memory_ratio` by alignment depth (ours over
 the naive form), for a pruned vocabulary, and the memory at the shape of LLaMA-3-8B's head. SmolLM2-135M, fp32, four
 conversations of the shipped corpus padded or cut to 512 tokens, with their own loss mask and the target's features.
 Both forms run on the same batches with the same weights, take a clipped AdamW step, and have the same losses to 1e-4.
-Steps are interleaved in one process. Memory is the peak of resident memory above what is resident once model, batch
-and optimizer state are loaded.
+Steps are interleaved in one process. Memory is the peak of resident memory (on a GPU: of what is allocated) above what
+is resident once model, batch and optimizer state are loaded.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import random
 import subprocess
@@ -22,7 +20,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from time import perf_counter, process_time
+from time import process_time
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -38,6 +36,7 @@ from hass_lightning.losses import DraftLoss, FeatureRegression, SoftCrossEntropy
 from hass_lightning.target.head import TargetHead
 from hass_lightning.training.module import HassModule
 from hass_lightning.types import FeatureBatch
+from machine import Memory, now
 from naive_hass import naive_step
 
 BATCH, LENGTH = 4, 512
@@ -56,10 +55,10 @@ class Case:
     token_ids: torch.Tensor | None = None  # of the draft vocabulary, None = all
 
 
-def smollm2(num_batches: int) -> Case:
+def smollm2(num_batches: int, device: str) -> Case:
     """Conversations of the shipped corpus through the quickstart's target."""
     with initialize_config_dir(config_folder(), version_base="1.3"):
-        config = compose("train", overrides=["target.dtype=float32"])
+        config = compose("train", overrides=["target.dtype=float32", f"target.device={device}"])
     target = instantiate(config.target)
     conversations = islice(instantiate(config.data.source).load(target), 64)
     tokens = encode_all(target.tokenizer, conversations, 2048, target.eos_token_ids)
@@ -72,39 +71,39 @@ def smollm2(num_batches: int) -> Case:
             length = min(LENGTH, len(sequence))
             input_ids[row, :length], loss_mask[row, :length] = sequence.input_ids[:length], sequence.loss_mask[:length]
         loss_mask[:, -1] = False  # its answer is cut off
-        features = target.encode(input_ids).clone()
+        features = target.encode(input_ids.to(device)).clone()
         target_ids = torch.cat([target.head.logits(rows).argmax(-1)[None] for rows in features])
         lengths = torch.tensor([len(sequence) for sequence in part])
-        batches.append(FeatureBatch(input_ids, loss_mask, lengths, features, target_ids))
+        batches.append(FeatureBatch(input_ids, loss_mask, lengths, features, target_ids).to(device))
     every = torch.cat([sequence.input_ids for sequence in tokens])
     frequent = torch.bincount(every, minlength=target.head.vocab_size).topk(PRUNED).indices.sort().values
     head = TargetHead(target.head.embed_tokens.clone(), target.head.lm_head.clone())
     return Case(target.config, head, batches, frequent)
 
 
-def llama3_8b(num_tokens: int) -> Case:
+def llama3_8b(num_tokens: int, device: str) -> Case:
     """Random weights in the shape of LLaMA-3-8B's head; all rows but the last count."""
     config = LlamaConfig(
         vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=1, num_attention_heads=32,
         num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
     )  # fmt: skip
     torch.manual_seed(0)
-    weight = (torch.randn(501, 4096) * 0.02).repeat(256, 1)  # 256 times the same 501 rows: quick to make
+    weight = (torch.randn(501, 4096, device=device) * 0.02).repeat(256, 1)  # 256 times the same 501 rows: quick to make
     input_ids = torch.randint(0, 128_256, (1, num_tokens))
     mask = torch.ones(1, num_tokens, dtype=torch.bool)
     mask[:, -1] = False
     features = torch.randn(1, num_tokens, 4096)
     batch = FeatureBatch(input_ids, mask, torch.tensor([num_tokens]), features, input_ids.clone())
-    return Case(config, TargetHead(weight, weight), [batch])
+    return Case(config, TargetHead(weight, weight), [batch.to(device)])
 
 
 class Trainer:
     """One form of the step, with weights and an optimizer of its own."""
 
-    def __init__(self, case: Case, form: str, depth: int, adam: bool = True):
+    def __init__(self, case: Case, form: str, depth: int, adam: bool = True, attention: str = "auto"):
         torch.manual_seed(0)
         self.case, self.form, self.depth = case, form, depth
-        self.draft = EagleDraft.from_target(case.config)
+        self.draft = EagleDraft.from_target(case.config, attention=attention).to(case.head.lm_head.device)
         # a small rate: the work is the same, and the forms stay comparable step after step
         make = partial(torch.optim.AdamW, fused=form == "ours") if adam else torch.optim.SGD
         self.optimizer = make(self.draft.parameters(), lr=1e-6)
@@ -151,17 +150,22 @@ def operations(case: Case, form: str, depth: int) -> float:
     return total / len(case.batches)
 
 
-def machine_rates() -> tuple[float, float]:
-    """(operations of a large matrix product, bytes of a copy) a CPU second, the best of five."""
-    a, b, block = torch.randn(512, 576), torch.randn(576, 16_384), torch.zeros(1 << 25)
-    output, other = torch.empty(512, 16_384), torch.zeros(1 << 25)
+def machine_rates(device: str) -> tuple[float, float]:
+    """(operations of a large product, bytes of a copy) a second as `spent` counts them, the best of five."""
+    a, b, block = (torch.randn(size, device=device) for size in ((512, 576), (576, 16_384), (1 << 25,)))
+    output, other = torch.empty(512, 16_384, device=device), torch.zeros(1 << 25, device=device)
     best = {"product": float("inf"), "copy": float("inf")}
     for _ in range(5):
         for name, work in (("product", lambda: torch.mm(a, b, out=output)), ("copy", lambda: other.copy_(block))):
-            start = process_time()  # of all threads, as the CPU seconds of a step
+            start = spent(device)
             work()
-            best[name] = min(best[name], process_time() - start)
+            best[name] = min(best[name], spent(device) - start)
     return 2 * 512 * 576 * 16_384 / best["product"], 2 * 4 * (1 << 25) / best["copy"]
+
+
+def spent(device: str) -> float:
+    """CPU seconds of all threads so far; for a GPU, whose work they do not count, the clock."""
+    return process_time() if device == "cpu" else now(device)
 
 
 def first_tokens(batch: FeatureBatch, count: int) -> FeatureBatch:
@@ -170,59 +174,47 @@ def first_tokens(batch: FeatureBatch, count: int) -> FeatureBatch:
     return replace(batch, **cut, loss_mask=torch.ones_like(batch.loss_mask[:, :count]))
 
 
-def memory(name: str) -> float:
-    """VmRSS or VmHWM (the highest VmRSS so far) of this process in MB (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
-
-
-def forget_peak(trainer: Trainer) -> float:
-    """Give back what is free, forget the highest value so far; what is resident then, in MB."""
-    trainer.optimizer.zero_grad(set_to_none=True)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
-
-
-def timed(trainers: dict[str, Trainer], repeats: int) -> dict[str, dict[str, float]]:
+def timed(trainers: dict[str, Trainer], repeats: int, device: str) -> dict[str, dict[str, float]]:
     """Median seconds (of the clock, and of the CPU) and peak memory of a step, interleaved over the same batches.
 
     The losses of `naive` and `ours` must agree.
     """
-    spent: dict[str, list[tuple[float, float, float]]] = {name: [] for name in trainers}
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in trainers}
+    memory = Memory(device)
     for trainer in trainers.values():  # the optimizer's state exists from here on
         trainer.step(first_tokens(trainer.case.batches[0], 16))
     for number in range(repeats):
         losses = {}
         for name in random.Random(number).sample(list(trainers), len(trainers)):
             trainer = trainers[name]
-            resident = forget_peak(trainer)
-            start = perf_counter(), process_time()
+            trainer.optimizer.zero_grad(set_to_none=True)
+            resident = memory.forget_peak()
+            start = now(device), spent(device)
             losses[name] = trainer.step(trainer.case.batches[number % len(trainer.case.batches)])
-            wall, cpu = perf_counter() - start[0], process_time() - start[1]
-            spent[name].append((wall, cpu, memory("VmHWM") - resident))
+            wall, cpu = now(device) - start[0], spent(device) - start[1]
+            found[name].append((wall, cpu, memory.peak() - resident))
         assert abs(losses["ours"] - losses["naive"]) < 1e-4 * abs(losses["naive"]), losses
     keys = ("seconds", "cpu_seconds", "peak_mb")
-    return {name: dict(zip(keys, map(median, zip(*found, strict=True)), strict=True)) for name, found in spent.items()}
+    return {name: dict(zip(keys, map(median, zip(*each, strict=True)), strict=True)) for name, each in found.items()}
 
 
-def llama_peak(form: str, num_tokens: int) -> float:
+def llama_peak(form: str, num_tokens: int, device: str, attention: str) -> float:
     """Peak memory in MB of one step at the shape of LLaMA-3-8B's head, depth 3, plain SGD (no optimizer state)."""
-    case = llama3_8b(num_tokens)
-    trainer = Trainer(case, form, 3, adam=False)
-    resident = forget_peak(trainer)
+    case = llama3_8b(num_tokens, device)
+    trainer = Trainer(case, form, 3, adam=False, attention=attention)
+    memory = Memory(device)
+    resident = memory.forget_peak()
     trainer.step(case.batches[0])
-    return memory("VmHWM") - resident
+    return memory.peak() - resident
 
 
-def llama_row(threads: int) -> dict:
+def llama_row(options: list[str]) -> dict:
     """Peak memory of depth 3 at the shape of LLaMA-3-8B's head: the naive form extrapolated to 2,048 tokens."""
     found: dict = {"model": "peak = fixed + per_token x tokens (least squares over the measured sizes)"}
     for form in ("naive", "ours"):
         peaks = {}
         for size in LLAMA_TOKENS[form]:  # in a process of its own: gigabytes that leave nothing behind
-            own = [sys.executable, __file__, "--threads", str(threads), "--llama", form, str(size)]
+            own = [sys.executable, __file__, *options, "--llama", form, str(size)]
             done = subprocess.run(own, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
             peaks[size] = float(done.stdout.splitlines()[-1])
         x = torch.tensor([[1.0, size] for size in peaks], dtype=torch.float64)
@@ -247,22 +239,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip", nargs="*", default=[], choices=["llama"])
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3, 5])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--attention", default="auto", help="of our form: model.draft.attention")
     parser.add_argument("--llama", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.llama:
-        print(llama_peak(arguments.llama[0], int(arguments.llama[1])))
+        print(llama_peak(arguments.llama[0], int(arguments.llama[1]), arguments.device, arguments.attention))
         return
     console = Console(width=140)
-    rate, copy_rate = machine_rates()
-    full = smollm2(arguments.repeats)
+    device, attention = arguments.device, arguments.attention
+    rate, copy_rate = machine_rates(device)
+    full = smollm2(arguments.repeats, device)
     marked = sum(float(batch.loss_mask.float().mean()) for batch in full.batches) / len(full.batches)
     rows: dict[str, dict] = {}
     for depth in arguments.depths:
-        trainers = {"naive": Trainer(full, "naive", depth), "ours": Trainer(full, "ours", depth)}
+        trainers = {"naive": Trainer(full, "naive", depth), "ours": Trainer(full, "ours", depth, attention=attention)}
         if depth == 3:
-            trainers["pruned"] = Trainer(replace(full, token_ids=full.frequent), "ours", depth)
-        for name, seconds in timed(trainers, arguments.repeats).items():
+            trainers["pruned"] = Trainer(replace(full, token_ids=full.frequent), "ours", depth, attention=attention)
+        for name, seconds in timed(trainers, arguments.repeats, device).items():
             floor = operations(trainers[name].case, trainers[name].form, depth) / rate
             tokens_per_second = BATCH * LENGTH / seconds["seconds"]
             rows[f"{depth}/{name}"] = {**seconds, "tokens_per_second": tokens_per_second, "floor": floor}
@@ -291,10 +286,13 @@ def main() -> None:
     console.print(table)
     console.print(f"marked rows: {marked:.1%}")
     if "llama" not in arguments.skip:
-        result["llama3_8b_head"] = llama_row(arguments.threads)
+        result["llama3_8b_head"] = llama_row(
+            ["--threads", str(arguments.threads), "--device", device, "--attention", attention]
+        )
         console.print(result["llama3_8b_head"])
     machine = {"gflops": rate / 1e9, "copy_gb_per_second": copy_rate / 1e9, "threads": arguments.threads}
     machine["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    machine["device"] = device if device == "cpu" else torch.cuda.get_device_name(device)
     print(json.dumps(rounded(result | {"marked": marked, "machine": machine, "rows": rows})))
 
 
