@@ -76,6 +76,45 @@ def test_a_study_has_the_cells_it_should_and_each_can_be_built(name):
             instantiate(config.model.loss)
 
 
+AXES = {
+    "paper_ablation": {"model/loss": ["eagle", "hass"], "model.alignment.depth": [1, 3], "seed": [0, 1, 2]},
+    "alignment_depth": {"model.alignment.depth": [1, 2, 3, 4, 5]},
+    "data_fraction": {"data.fraction": [0.125, 0.25, 0.5, 1], "model.alignment.depth": [1, 3]},
+    "mask_leak": {"model.alignment.mask": ["exact", "leaky"], "model.alignment.depth": [1, 3]},
+    "detach_vs_bptt": {"model.alignment.gradient": ["bptt", "detach"], "model.alignment.depth": [3, 5],
+                       "seed": [0, 1, 2]},
+    "equal_compute": {"model.alignment.depth": [1, 2, 3, 5], "seed": [0, 1, 2]},
+    "top_k": {"model.loss.terms.top_k": [{"weight": 0}] + [
+        {"k": k, "weight": weight} for k in (1, 5, 10, 50, 100) for weight in (0.1, 0.5, 1, 2)]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_the_axes_of_a_study_are_those_of_its_question(name):
+    found = {}
+    for cell in overrides(name):
+        for each in OverridesParser.create().parse_overrides(cell):
+            values = found.setdefault(each.key_or_group, [])
+            if each.value() not in values:
+                values.append(each.value())
+    assert found.keys() == AXES[name].keys()
+    for key, values in AXES[name].items():
+        assert sorted(map(str, found[key])) == sorted(map(str, values))
+
+
+@pytest.mark.parametrize("budget", ["small", "full"])
+@pytest.mark.parametrize("name", sorted(NUM_CELLS))
+def test_a_study_composes_with_either_budget(name, budget):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", overrides=[f"hparams_search={name}", f"budget={budget}"])
+        steps = int(config.trainer.max_steps)
+        questions = int(config.callbacks.decoding.num_prompts) if config.callbacks.decoding else None  # optuna: none
+    assert config.study == f"{name}_{budget}"
+    assert steps == 90 if budget == "small" else steps >= 150
+    assert questions is None or (questions == 24 if budget == "small" else questions >= 80)
+    assert config.callbacks.early_stopping.patience == (1000 if name == "equal_compute" else 3)
+
+
 def test_the_search_of_optuna_is_over_keys_that_exist():
     config = study("optuna")
     assert config.sweeper["n_trials"] == NUM_CELLS["optuna"]

@@ -4,12 +4,14 @@ import csv
 import json
 import re
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from scipy import stats
 from study_factory import config_of, write_cell, write_records, write_sweep
 from test_pages import Tags, check_self_contained
 
@@ -98,9 +100,41 @@ def test_one_seed_is_tested_over_questions_and_says_so(tmp_path):
 
 
 def test_null_sweeps_claim_nothing_as_a_rule(tmp_path):
-    """The rate itself: tests/measure/test_factorial.py; here the whole path from files to claims."""
+    """The whole path from files to claims; its rate is tested below."""
     claimed = [shown(analyse(load_runs(write_sweep(tmp_path / str(n), NULL, rng_seed=n)))) for n in range(6)]
     assert sum(bool(each) for each in claimed) <= 1
+
+
+def most_false_alarms(count):
+    """As many of `count` reports may claim something if one in twenty does (exceeded once in a thousand times)."""
+    return stats.binom.ppf(0.999, count, 0.05)
+
+
+def test_null_reports_over_seeds_claim_an_effect_at_most_5_percent_of_the_time():
+    """The whole family of a report: three cells against the baseline, two main effects, the interaction."""
+    rng, claimed = np.random.default_rng(0), 0
+    for _ in range(400):
+        runs = [
+            StudyRun(
+                Path(f"{loss}-{depth}-{seed}"), {"loss": loss, "depth": depth}, {}, seed,
+                {"acceptance_length": float(2 * np.exp(rng.normal(0.01 * seed, 0.02)))},
+            )
+            for loss, depth, seed in product(("eagle", "hass"), (1, 3), range(3))
+        ]  # fmt: skip
+        study = analyse(runs)
+        assert (study.unit, len(study.comparisons), len(study.effects)) == ("seeds", 3, 3)
+        claimed += bool(shown(study))
+    assert claimed <= most_false_alarms(400)
+
+
+@pytest.mark.slow
+def test_null_reports_over_questions_claim_an_effect_at_most_5_percent_of_the_time(tmp_path):
+    claimed = 0
+    for number in range(200):
+        study = analyse(load_runs(write_sweep(tmp_path / str(number), NULL, num_questions=40, rng_seed=100 + number)))
+        assert (study.unit, len(study.comparisons), len(study.effects)) == ("questions", 3, 3)
+        claimed += bool(shown(study))
+    assert claimed <= most_false_alarms(200)
 
 
 def test_heads_that_were_measured_together_take_those_records(tmp_path):
@@ -326,7 +360,45 @@ def test_the_workspace_is_described_in_a_file_where_it_cannot_be_saved(tmp_path,
         metric for section in spec["sections"] for panel in section["panels"] for metric in panel.get("metrics", [])
     }
     assert {"decode/accept_rate/depth1", "decode/accept_rate/depth3", "final/acceptance_length"} <= bars
-    assert spec["group"] == "s" and "model.alignment.depth" in spec["group_by"]
+    assert spec["group"] == "s"
+    loss, depth = spec["group_by"]
+    assert loss.startswith("model.loss.terms.top_k.") and depth == "model.alignment.depth"
+
+
+def test_the_workspace_is_grouped_by_the_keys_that_differ(tmp_path):
+    """`weight` is the top-K term's, not another's that never changes."""
+    cells = []
+    for number, (k, weight) in enumerate([(1, 0.1), (1, 2.0), (5, 0.1), (5, 2.0)]):
+        config = config_of("hass", 3, 0)
+        config["model"]["loss"]["terms"]["top_k"] |= {"k": k, "weight": weight}
+        cells.append(write_cell(tmp_path / str(number), config, [f"model.loss.terms.top_k={{k:{k},weight:{weight}}}"]))
+    spec = workspace_spec(analyse(load_runs(cells)), "s", "hass_lightning")
+    assert sorted(spec["group_by"]) == ["model.loss.terms.top_k.k", "model.loss.terms.top_k.weight"]
+
+
+def test_a_key_that_follows_the_machine_is_compared_by_its_value(tmp_path):
+    runs = []
+    for number, steps in enumerate((225, 150)):
+        config = config_of("hass", 3, 0) | {"trainer": {"max_steps": "${hass.by_machine:225,150}"}}
+        runs.append(write_cell(tmp_path / str(number), config, []))
+        (runs[-1] / "resume_config.json").write_text(json.dumps({"trainer.max_steps": steps}))
+    first, second = map(read_run, runs)
+    assert "trainer.max_steps (225 → 150)" in why_line(first, second)
+    assert len(analyse([first, second]).cells) == 2
+
+
+def test_the_exposure_gap_is_that_of_the_head_that_was_kept(tmp_path):
+    """The one of the best validation: a last one that is worse was of another head."""
+    cell = write_cell(tmp_path / "cell", config_of("hass", 3, 0), [])
+    lines = [
+        "step,val/acceptance_length,val/loss,val/accuracy/step1",
+        "9,1.5,3.0,0.4",
+        "19,1.9,2.0,0.6",
+        "29,1.7,1.0,0.5",
+    ]
+    (cell / "csv" / "metrics.csv").write_text("\n".join(lines) + "\n")
+    (row,) = analyse([read_run(cell)]).rows
+    assert (row.accuracies, row.loss.value) == ([0.6], 2.0)
 
 
 def test_workspace_and_report_are_built_as_their_classes_take_them(tmp_path):

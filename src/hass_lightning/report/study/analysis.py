@@ -158,7 +158,7 @@ def _row(cell: StudyCell, metric: str) -> Row:
         rate_intervals([record for own in records for record in own]),
         _mean_by_step([_forced(run) for run in runs]),
         _mean_by_step([_by_step(run, "val/accuracy") for run in runs]),
-        _over_seeds([run.last("val/loss") for run in runs]),
+        _over_seeds([run.at_best("val/loss") for run in runs]),
         _over_seeds([run.metrics.get("train_tokens", run.last("compute/tokens")) for run in runs]),
         _over_seeds([run.metrics.get("train_flops", run.last("compute/flops")) for run in runs]),
         _over_seeds([run.metrics.get("train_seconds") for run in runs]),
@@ -183,9 +183,9 @@ def _mean_by_step(by_run: Sequence[list[float]]) -> list[float]:
 
 
 def _by_step(run: StudyRun, stem: str) -> list[float]:
-    """`<stem>/step1`, `<stem>/step2`, … of the last validation."""
+    """`<stem>/step1`, `<stem>/step2`, … of the validation that chose the head."""
     found: list[float] = []
-    while (value := run.last(f"{stem}/step{len(found) + 1}")) is not None:
+    while (value := run.at_best(f"{stem}/step{len(found) + 1}")) is not None:
         found.append(value)
     return found
 

@@ -25,8 +25,8 @@ NO_SETTING = ("paths", "hydra", "logger", "name", "study", "fresh", "job", "ckpt
 class StudyRun:
     """One run: what it was made from and what came of it.
 
-    `settings` are the keys of its config that can decide the result, flat and as written (interpolations unresolved),
-    `seed` apart; `overrides` the words of its command line, by key.
+    `settings` are the keys of its config that can decide the result, flat, with the values that they had on its machine
+    (`hass.by_machine`) where the run noted them, `seed` apart; `overrides` the words of its command line, by key.
     """
 
     folder: Path
@@ -53,6 +53,12 @@ class StudyRun:
         """The last logged value of a curve."""
         curve = self.curves.get(name)
         return curve[-1][1] if curve else None
+
+    def at_best(self, name: str) -> float | None:
+        """The value at the validation that chose the head, the one of the greatest acceptance length; else the last."""
+        chosen = max(self.curves.get("val/acceptance_length", []), key=lambda point: point[1], default=None)
+        values = dict(self.curves.get(name, []))
+        return values[chosen[0]] if chosen and chosen[0] in values else self.last(name)
 
 
 def load_runs(
@@ -111,7 +117,9 @@ def read_run(folder: Path, overrides: Sequence[str] | None = None) -> StudyRun:
         written = _yaml(folder / ".hydra" / "overrides.yaml")
         overrides = [str(each) for each in written] if isinstance(written, list) else []
     flat = flatten(config) if isinstance(config, dict) else {}
-    settings = {key: value for key, value in flat.items() if not _is_part_of(key, NO_SETTING)}
+    noted = flatten(read_json(folder / "resume_config.json"))
+    resolved = {key: noted[key] for key, value in flat.items() if "${" in str(value) and key in noted}
+    settings = {key: value for key, value in (flat | resolved).items() if not _is_part_of(key, NO_SETTING)}
     seed = settings.pop("seed", 0)
     records_file = folder / "records.jsonl"
     metrics = read_json(folder / "metrics.json")

@@ -74,7 +74,7 @@ def notes(study: Study) -> list[str]:
     spread = "over seeds where there are two or more (loss and compute, too), else over questions"
     spread = spread if several else "over questions"
     return [
-        f"{what}; [95 % interval], {spread}. a_k: accepted at depth k, of those that got there.",
+        f"{what}; [95 % interval], {spread}. a_k: accepted at depth k, of those that got there; always over questions.",
         f"{ABOUT[study.unit]} p-values: Holm over all tests of this report.",
     ]
 

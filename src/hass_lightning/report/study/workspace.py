@@ -11,6 +11,7 @@ from typing import Any
 
 from hass_lightning.report.study.analysis import Study
 from hass_lightning.report.study.claims import claims_of
+from hass_lightning.report.study.runs import differing
 from hass_lightning.target.source import server_answers
 from hass_lightning.wandb_key import has_wandb_key, wandb_server
 
@@ -73,12 +74,19 @@ def workspace_spec(study: Study, name: str, project: str, entity: str | None = N
 
 
 def _keys(study: Study) -> list[str]:
-    """The config keys behind the factors, one a factor, where a config key says it."""
+    """A config key for each factor: of those that differ the one of its name, else one that tells the same apart."""
+    differ = differing([cell.settings for cell in study.cells])
     keys = []
     for factor in study.cells[0].levels:
-        fitting = [key for key in study.cells[0].settings if key == factor or key.endswith(f".{factor}")]
-        keys += fitting[:1]
+        parts = _partition([cell.levels[factor] for cell in study.cells])
+        named = [key for key in differ if f".{key}".endswith(f".{factor}")]
+        keys += (named or [key for key, values in differ.items() if _partition(values) == parts])[:1]
     return keys
+
+
+def _partition(values: list[Any]) -> list[int]:
+    """For each cell the first that has its value."""
+    return [values.index(value) for value in values]
 
 
 def save_workspace(spec: dict[str, Any], folder: Path) -> str:
