@@ -434,3 +434,15 @@ def test_a_login_and_its_default_entity_are_enough_for_the_workspace(tmp_path, m
     study = analyse(load_runs(write_sweep(tmp_path / "s", NULL, num_questions=5)))
     assert save_workspace(workspace_spec(study, "s", "p"), tmp_path) == "https://wandb.ai/someone/p"
     assert saved == ["someone", "someone"]
+
+
+def test_cells_of_two_studies_are_named_by_what_differs(tmp_path):
+    """Not by the studies' names, which decide nothing."""
+    cells = []
+    for number, mask in enumerate(("exact", "leaky")):
+        config = config_of("hass", 3, 0)
+        config["model"]["alignment"]["mask"] = mask
+        words = [f"hparams_search={('alignment_depth', 'mask_leak')[number]}"]
+        words += ["model.alignment.mask=leaky"] if mask == "leaky" else []
+        cells.append(write_cell(tmp_path / mask, config, words, tau=2.0))
+    assert [cell.label for cell in analyse(load_runs(cells)).cells] == ["mask=exact", "mask=leaky"]

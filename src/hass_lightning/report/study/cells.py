@@ -91,8 +91,9 @@ def find_factors(runs: Sequence[StudyRun]) -> Factors:
     words = _together(differing([_words(run.overrides) for run in runs]))
     keys = _together(differing([run.settings for run in runs]))
     for part, names in list(keys.items()):
-        if part in words:
-            keys[part] = words[part]
+        if part in words:  # where a command line is silent, the config says it
+            said_of = words[part].items()
+            keys[part] = words[part] = {key: names.get(key, v) if ABSENT in v else v for key, v in said_of}
         elif len(names) > 1:
             keys[part] = {_common(list(names)): _presence(next(iter(names.values())))}
     said = [part for part in words if part in keys]  # in the order of the command line, the others behind
@@ -134,7 +135,7 @@ def _parsed(value: str) -> Any:
     return found if isinstance(found, int | float | bool) else value
 
 
-def _partition(values: Sequence[Any]) -> tuple[int, ...]:
+def partition(values: Sequence[Any]) -> tuple[int, ...]:
     """Which cells share a value, whatever the values are."""
     seen: dict[str, int] = {}
     return tuple(seen.setdefault(repr(value), len(seen)) for value in values)
@@ -144,7 +145,7 @@ def _together(keys: Mapping[str, list[Any]]) -> dict[tuple, Factors]:
     """Keys by the partition of the cells that they make."""
     groups: dict[tuple, Factors] = {}
     for key, values in keys.items():
-        groups.setdefault(_partition(values), {})[key] = values
+        groups.setdefault(partition(values), {})[key] = values
     return groups
 
 

@@ -18,7 +18,10 @@ from hass_lightning.report.provenance_text import read_json
 
 ABSENT = "(absent)"  # the value of a key that a config does not have
 # What names, places, watches or steers a run without deciding its result.
-NO_SETTING = ("paths", "hydra", "logger", "name", "study", "fresh", "job", "ckpt_path", "debug", "callbacks.progress")
+NO_SETTING = (
+    "paths", "hydra", "logger", "name", "study", "hparams_search", "fresh", "job", "ckpt_path", "debug",
+    "callbacks.progress",
+)  # fmt: skip
 
 
 @dataclass(eq=False)

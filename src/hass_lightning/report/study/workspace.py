@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hass_lightning.report.study.analysis import Study
+from hass_lightning.report.study.cells import partition
 from hass_lightning.report.study.claims import claims_of
 from hass_lightning.report.study.runs import differing
 from hass_lightning.target.source import server_answers
@@ -78,15 +79,10 @@ def _keys(study: Study) -> list[str]:
     differ = differing([cell.settings for cell in study.cells])
     keys = []
     for factor in study.cells[0].levels:
-        parts = _partition([cell.levels[factor] for cell in study.cells])
+        parts = partition([cell.levels[factor] for cell in study.cells])
         named = [key for key in differ if f".{key}".endswith(f".{factor}")]
-        keys += (named or [key for key, values in differ.items() if _partition(values) == parts])[:1]
+        keys += (named or [key for key, values in differ.items() if partition(values) == parts])[:1]
     return keys
-
-
-def _partition(values: list[Any]) -> list[int]:
-    """For each cell the first that has its value."""
-    return [values.index(value) for value in values]
 
 
 def save_workspace(spec: dict[str, Any], folder: Path) -> str:
