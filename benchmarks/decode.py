@@ -1,7 +1,7 @@
 """Tokens per second and phase shares of every way to decode, ours and transformers', on the same prompts, interleaved.
 
     python benchmarks/decode.py --draft runs/quickstart [--limit 4] [--max-new-tokens 64] [--threads 2] \
-        [--tree 8,3,3] [--override target.dtype=float32]
+        [--tree 8,3,3] [--decoders autoregressive dynamic_tree] [--override target.dtype=float32]
 
 Greedy. Prompts: MT-bench (first turns), HumanEval and GSM8K where HASS_LIGHTNING_DATA names a folder with their files,
 else the questions that the corpus holds out. Transformers' decoders run an untouched copy of the same model in the same
@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     parser.add_argument("--tree", default="", help="nodes,depth,width instead of conf/decoding/dynamic_tree.yaml's")
+    parser.add_argument("--decoders", nargs="*", default=[], help="of the eight; default: all")
     parser.add_argument(
         "--override",
         nargs="*",
@@ -177,8 +178,11 @@ def main() -> None:
         tree = DynamicTree(*map(int, arguments.tree.split(","))) if arguments.tree else instantiate(chosen)
         decoders = {
             "autoregressive": Autoregressive(), "chain": Chain(), "dynamic_tree": tree, "prompt_lookup": PromptLookup(),
-            **transformers_decoders(target),
         }  # fmt: skip
+        wanted = arguments.decoders
+        if not wanted or any(name.startswith("hf_") for name in wanted):
+            decoders |= transformers_decoders(target)
+        decoders = {name: decoder for name, decoder in decoders.items() if not wanted or name in wanted}
         names = arguments.benchmarks or (PUBLIC if os.environ.get("HASS_LIGHTNING_DATA") else ("validation",))
         prompts = {name: ask(name, config, target, arguments.limit) for name in names}
     machine = rates(target.dtype, device=target.device)
@@ -194,12 +198,11 @@ def main() -> None:
         print_table(console, name, rows)
         result["rows"][name] = rows
         result["tokens_per_second"][name] = {d: row["tokens_per_second"]["median"] for d, row in rows.items()}
-        against = {f"{d}/autoregressive": ratio(grouped, d, "autoregressive") for d in ("chain", "dynamic_tree")}
-        against |= {f"autoregressive/{d}": ratio(grouped, "autoregressive", d) for d in decoders if d.startswith("hf_")}
-        result["ratios"][name] = against | {
-            "dynamic_tree/prompt_lookup": ratio(grouped, "dynamic_tree", "prompt_lookup"),
-            "dynamic_tree/hf_prompt_lookup": ratio(grouped, "dynamic_tree", "hf_prompt_lookup"),
-        }
+        pairs = [(d, "autoregressive") for d in ("chain", "dynamic_tree", "prompt_lookup")]
+        pairs += [("autoregressive", d) for d in decoders if d.startswith("hf_")]
+        pairs += [("dynamic_tree", "prompt_lookup"), ("dynamic_tree", "hf_prompt_lookup")]
+        known = [pair for pair in pairs if set(pair) <= set(decoders)]
+        result["ratios"][name] = {f"{first}/{second}": ratio(grouped, first, second) for first, second in known}
     result["machine"] = {
         "gflops": machine["flops"] / 1e9, "copy_gb_per_second": machine["copy"] / 1e9,
         "matrix_vector_gb_per_second": machine["matrix_vector"] / 1e9, "threads": torch.get_num_threads(),
