@@ -378,13 +378,15 @@ def test_the_workspace_is_grouped_by_the_keys_that_differ(tmp_path):
 
 def test_a_key_that_follows_the_machine_is_compared_by_its_value(tmp_path):
     runs = []
-    for number, steps in enumerate((225, 150)):
-        config = config_of("hass", 3, 0) | {"trainer": {"max_steps": "${hass.by_machine:225,150}"}}
-        runs.append(write_cell(tmp_path / str(number), config, []))
-        (runs[-1] / "resume_config.json").write_text(json.dumps({"trainer.max_steps": steps}))
-    first, second = map(read_run, runs)
+    for seed, steps in enumerate((225, 150, 150)):
+        config = config_of("hass", 3, seed) | {"trainer": {"max_steps": "${hass.by_machine:225,150}"}}
+        config["data"] = {"seed": "${seed}"}
+        runs.append(write_cell(tmp_path / str(seed), config, []))
+        noted = {"trainer.max_steps": steps, "data.seed": seed}
+        (runs[-1] / "resume_config.json").write_text(json.dumps(noted))
+    first, second, third = map(read_run, runs)
     assert "trainer.max_steps (225 → 150)" in why_line(first, second)
-    assert len(analyse([first, second]).cells) == 2
+    assert [len(cell.runs) for cell in analyse([first, second, third]).cells] == [1, 2]  # a seed makes no cell
 
 
 def test_the_exposure_gap_is_that_of_the_head_that_was_kept(tmp_path):

@@ -121,7 +121,8 @@ def read_run(folder: Path, overrides: Sequence[str] | None = None) -> StudyRun:
         overrides = [str(each) for each in written] if isinstance(written, list) else []
     flat = flatten(config) if isinstance(config, dict) else {}
     noted = flatten(read_json(folder / "resume_config.json"))
-    resolved = {key: noted[key] for key, value in flat.items() if "${" in str(value) and key in noted}
+    # not every interpolation: `${seed}` would make a cell of each seed
+    resolved = {key: noted[key] for key, value in flat.items() if "${hass.by_machine" in str(value) and key in noted}
     settings = {key: value for key, value in (flat | resolved).items() if not _is_part_of(key, NO_SETTING)}
     seed = settings.pop("seed", 0)
     records_file = folder / "records.jsonl"
