@@ -21,7 +21,7 @@ from hass_lightning.benchmark import decoding_models, load_drafts, load_prompts
 from hass_lightning.cli import config_folder
 from hass_lightning.data.tokens import encode_prompt
 from hass_lightning.decoding import Autoregressive, Chain
-from machine import now
+from machine import now, rounded
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
         ratios = [chain / plain for chain, plain in zip(speeds["chain"], speeds["autoregressive"], strict=True)]
         row = {name: median(values) for name, values in speeds.items()}
         row |= {"tau": 1 + accepted / cycles, "ratio": median(ratios), "low": min(ratios), "high": max(ratios)}
-        result[size] = {name: float(f"{value:.4g}") for name, value in row.items()}
+        result[size] = rounded(row)
         spread = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
         table.add_row(str(size), f"{row['autoregressive']:.1f}", f"{row['chain']:.1f}", f"{row['tau']:.2f}", spread)
     Console(width=120).print(table)

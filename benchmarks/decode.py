@@ -31,7 +31,7 @@ from hass_lightning.decoding import Autoregressive, Chain, DecodingModels, Dynam
 from hass_lightning.measure.benchmark import run_benchmark
 from hass_lightning.measure.trace import Record
 from hass_lightning.types import Conversation, DecodeResult
-from machine import rates
+from machine import rates, rounded
 
 PHASES = ("prefill", "draft", "verify", "bookkeeping")
 PUBLIC = ("mt_bench", "humaneval", "gsm8k")
@@ -211,13 +211,6 @@ def main() -> None:
     }  # fmt: skip
     console.print(result["machine"])
     print(json.dumps(rounded(result)))
-
-
-def rounded(value):
-    """Four significant digits in every number of a nested result."""
-    if isinstance(value, dict):
-        return {key: rounded(entry) for key, entry in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

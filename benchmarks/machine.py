@@ -1,4 +1,4 @@
-"""What the machine can do at best, and how time and memory are taken. Used by the other benchmarks."""
+"""What the machine can do at best, and how time, memory and figures are taken. Used by the other benchmarks."""
 
 import ctypes
 import gc
@@ -41,6 +41,13 @@ class Memory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         return self._status("VmHWM")
+
+
+def rounded(value):
+    """Four significant digits in every number of a nested result."""
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def rates(dtype: torch.dtype = torch.float32, repeats: int = 5, device: torch.device | str = "cpu") -> dict[str, float]:

@@ -36,7 +36,7 @@ from hass_lightning.losses import DraftLoss, FeatureRegression, SoftCrossEntropy
 from hass_lightning.target.head import TargetHead
 from hass_lightning.training.module import HassModule
 from hass_lightning.types import FeatureBatch
-from machine import Memory, now
+from machine import Memory, now, rounded
 from naive_hass import naive_step
 
 BATCH, LENGTH = 4, 512
@@ -224,13 +224,6 @@ def llama_row(options: list[str]) -> dict:
         found[form] = {"measured_mb": peaks, "fixed_mb": fixed, "per_token_mb": per_token, "at_2048_mb": at_2048}
     found["peak_memory_ratio"] = found["ours"]["at_2048_mb"] / found["naive"]["at_2048_mb"]
     return found
-
-
-def rounded(value):
-    """Four significant digits in every number of a nested result."""
-    if isinstance(value, dict):
-        return {key: rounded(entry) for key, entry in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:
