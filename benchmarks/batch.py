@@ -1,9 +1,9 @@
-"""What is left of a chain's speedup as the batch grows: tokens per second of `chain` over token by token.
+"""Speedup of chain decoding over autoregressive decoding by batch size.
 
     python benchmarks/batch.py --draft runs/quickstart [--sizes 1 2 4 8] [--max-new-tokens 48] [--threads 2]
 
-Greedy, on questions that the corpus holds out, the two interleaved. In float32 both must answer the
-same, or it stops. Prints a table and one line of JSON.
+Greedy decoding of the held-out questions, with both decoders interleaved. In float32 their answers must be identical,
+otherwise it stops. Prints a table and one line of JSON.
 """
 
 import argparse
@@ -17,10 +17,11 @@ from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
 
-from hass_lightning.benchmark import decoding_models, load_drafts, load_prompts
-from hass_lightning.cli import config_folder
+from hass_lightning.data.from_config import load_prompts
 from hass_lightning.data.tokens import encode_prompt
 from hass_lightning.decoding import Autoregressive, Chain
+from hass_lightning.measure.heads import decoding_models, load_drafts
+from hass_lightning.runs.config import config_folder
 from machine import now, rounded
 
 
@@ -28,11 +29,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draft", required=True, help="a run folder with a head")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--depth", type=int, default=3, help="of the chain")
-    parser.add_argument("--limit", type=int, default=16, help="questions")
+    parser.add_argument("--depth", type=int, default=3, help="depth of the chain")
+    parser.add_argument("--limit", type=int, default=16, help="number of questions")
     parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    parser.add_argument("--override", nargs="*", default=[], help="of conf/benchmark.yaml, e.g. target.device=cuda")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
+    parser.add_argument("--override", nargs="*", default=[], help="overrides of conf/benchmark.yaml")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

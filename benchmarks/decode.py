@@ -1,14 +1,15 @@
-"""Tokens per second and phase shares of every way to decode, ours and transformers', on the same prompts, interleaved.
+"""Tokens per second and time by phase of all decoders, and of those of transformers, on the same prompts.
 
     python benchmarks/decode.py --draft runs/quickstart [--limit 4] [--max-new-tokens 64] [--threads 2] \
         [--tree 8,3,3] [--decoders autoregressive dynamic_tree] [--override target.dtype=float32]
 
-Greedy. Prompts: MT-bench (first turns), HumanEval and GSM8K where HASS_LIGHTNING_DATA names a folder with their files,
-else the questions that the corpus holds out. Transformers' decoders run an untouched copy of the same model in the same
-dtype: `generate` with its static cache and with its dynamic one, prompt lookup, and assisted generation (the first
-third of the target's own layers drafts, `assistant_early_exit`: no smaller model of this family exists).
-Prints a table a benchmark (medians over prompts, quartiles in brackets), each phase beside the time that the machine's
-measured rates allow, and one line of JSON.
+Greedy decoding, with all decoders interleaved. Prompts are MT-bench (first turns), HumanEval and GSM8K if
+HASS_LIGHTNING_DATA is a folder with their files, otherwise the held-out questions of the corpus. The decoders of
+transformers run an unmodified copy of the model in the same dtype: `generate` with the static and the dynamic cache,
+prompt lookup, and assisted generation (with the first third of the target's layers as draft model,
+`assistant_early_exit`, because there is no smaller model of this family). Prints a table per benchmark (medians over
+prompts, quartiles in brackets), the time of each phase relative to the lower bound given by the measured memory
+bandwidth and FLOP rate of the machine, and one line of JSON.
 """
 
 import argparse
@@ -25,11 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from hass_lightning.benchmark import decoding_models, load_drafts, load_prompts
-from hass_lightning.cli import config_folder
+from hass_lightning.data.from_config import load_prompts
 from hass_lightning.decoding import Autoregressive, Chain, DecodingModels, DynamicTree, PromptLookup
 from hass_lightning.measure.benchmark import run_benchmark
-from hass_lightning.measure.trace import Record
+from hass_lightning.measure.heads import decoding_models, load_drafts
+from hass_lightning.measure.record import Record
+from hass_lightning.runs.config import config_folder
 from hass_lightning.types import Conversation, DecodeResult
 from machine import rates, rounded
 
@@ -38,7 +40,7 @@ PUBLIC = ("mt_bench", "humaneval", "gsm8k")
 
 
 class Transformers:
-    """`generate` of transformers as a decoder of ours; its time has one phase."""
+    """`generate` of transformers as a `Decoder`; its time has one phase."""
 
     acceptance = "none"
 
@@ -46,10 +48,10 @@ class Transformers:
         self.name, self.model, self.options = name, model, options
 
     def check(self, models: DecodingModels) -> None:
-        """Everything fits."""
+        """Accept all models."""
 
     def generate(self, models, prompt, max_new_tokens, sampling=None, generator=None) -> DecodeResult:
-        """Greedy."""
+        """Decode greedily."""
         ids = torch.tensor([prompt], device=self.model.device)
         ends = sorted(models.target.eos_token_ids)
         start = perf_counter()
@@ -62,7 +64,7 @@ class Transformers:
 
 
 def transformers_decoders(target) -> dict[str, Transformers]:
-    """Four ways to decode by transformers, on a copy of the model that nothing of ours has touched."""
+    """Return four decoders of transformers, on an unmodified copy of the model."""
     model = AutoModelForCausalLM.from_pretrained(target.folder, dtype=target.dtype, attn_implementation="sdpa")
     model.to(target.device).eval()
     ways = {
@@ -74,8 +76,10 @@ def transformers_decoders(target) -> dict[str, Transformers]:
     return {name: Transformers(name, model, **options) for name, options in ways.items()}
 
 
-def floors(models: DecodingModels, machine: dict[str, float], rows: int, levels: int, width: int) -> dict[str, float]:
-    """Least seconds of a cycle: weights read once a forward, and multiplied, at the measured rates."""
+def lower_bounds(
+    models: DecodingModels, machine: dict[str, float], rows: int, levels: int, width: int
+) -> dict[str, float]:
+    """Lower bounds in seconds of the phases of a cycle: reading the weights once per forward, and the products."""
     target, size = models.target, torch.finfo(models.target.dtype).bits // 8
 
     def least(parameters: float, tokens: int) -> float:
@@ -90,13 +94,13 @@ def floors(models: DecodingModels, machine: dict[str, float], rows: int, levels:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Return median and quartiles."""
     low, _, high = quantiles(values, n=4) if len(values) > 1 else (values[0], 0.0, values[0])
     return {"median": median(values), "low": low, "high": high}
 
 
 def row_of(records: list[Record], floor: dict[str, float]) -> dict:
-    """One decoder on one benchmark."""
+    """Return the results of one decoder on one benchmark; `floor` are the lower bounds in seconds."""
     seconds = sum(r.total_seconds for r in records)
     shares = {phase: sum(r.seconds.get(phase, 0) for r in records) / seconds for phase in PHASES}
     row = {"tokens_per_second": spread([r.num_tokens / r.total_seconds for r in records]), "shares": shares}
@@ -106,23 +110,23 @@ def row_of(records: list[Record], floor: dict[str, float]) -> dict:
     if not cycles:
         return row
     total = sum(len(r.accepted) for r in cycles)
-    spent = {phase: sum(r.seconds[phase] for r in cycles) / total for phase in PHASES[1:]}
+    used = {phase: sum(r.seconds[phase] for r in cycles) / total for phase in PHASES[1:]}
     row["tau"] = sum(sum(r.accepted) + len(r.accepted) for r in cycles) / total
-    row["milliseconds_a_cycle"] = {phase: 1000 * seconds for phase, seconds in spent.items()}
+    row["milliseconds_a_cycle"] = {phase: 1000 * seconds for phase, seconds in used.items()}
     row["floor_milliseconds"] = {phase: 1000 * seconds for phase, seconds in floor.items()}
-    row["over_floor"] = {phase: spent[phase] / seconds for phase, seconds in floor.items() if seconds}
-    row["bookkeeping_of_a_cycle"] = spent["bookkeeping"] / sum(spent.values())
+    row["over_floor"] = {phase: used[phase] / seconds for phase, seconds in floor.items() if seconds}
+    row["bookkeeping_of_a_cycle"] = used["bookkeeping"] / sum(used.values())
     return row
 
 
 def ratio(records: dict[str, list[Record]], first: str, second: str) -> dict[str, float]:
-    """Tokens per second of `first` over `second`, prompt by prompt."""
+    """Return the ratio of tokens per second of `first` to `second`, over prompts."""
     pairs = zip(records[first], records[second], strict=True)
     return spread([a.num_tokens / a.total_seconds * b.total_seconds / b.num_tokens for a, b in pairs])
 
 
-def ask(benchmark: str, config, target, limit: int) -> list[Conversation]:
-    """First turns."""
+def load_first_turns(benchmark: str, config, target, limit: int) -> list[Conversation]:
+    """Load the prompts of a benchmark, limited to their first turns."""
     config.limit = limit
     if benchmark == "validation":
         prompts = load_prompts(benchmark, config, target)
@@ -132,7 +136,7 @@ def ask(benchmark: str, config, target, limit: int) -> list[Conversation]:
 
 
 def print_table(console: Console, benchmark: str, rows: dict[str, dict]) -> None:
-    columns = ("decoder", "tokens/s", "τ", *PHASES, "ms a cycle: draft, verify", "over floor", "identical")
+    columns = ("decoder", "tokens/s", "τ", *PHASES, "ms per cycle: draft, verify", "over lower bound", "identical")
     table = Table(*columns, title=benchmark)
     for name, row in rows.items():
         speed = row["tokens_per_second"]
@@ -154,17 +158,17 @@ def print_table(console: Console, benchmark: str, rows: dict[str, dict]) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draft", required=True, help="a run folder with a head")
-    parser.add_argument("--benchmarks", nargs="*", help="names in conf/benchmark, instead of what is said above")
-    parser.add_argument("--limit", type=int, default=8, help="prompts of each benchmark")
+    parser.add_argument("--benchmarks", nargs="*", help="names in conf/benchmark, instead of the default prompts")
+    parser.add_argument("--limit", type=int, default=8, help="number of prompts per benchmark")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    parser.add_argument("--tree", default="", help="nodes,depth,width instead of conf/decoding/dynamic_tree.yaml's")
-    parser.add_argument("--decoders", nargs="*", default=[], help="of the eight; default: all")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
+    parser.add_argument("--tree", default="", help="nodes,depth,width, instead of conf/decoding/dynamic_tree.yaml")
+    parser.add_argument("--decoders", nargs="*", default=[], help="names of decoders; default: all eight")
     parser.add_argument(
         "--override",
         nargs="*",
         default=[],
-        help="of conf/benchmark.yaml, such as target.device=cuda target.dtype=bfloat16",
+        help="overrides of conf/benchmark.yaml, such as target.device=cuda target.dtype=bfloat16",
     )
     arguments = parser.parse_args()
     if arguments.threads:
@@ -184,7 +188,7 @@ def main() -> None:
             decoders |= transformers_decoders(target)
         decoders = {name: decoder for name, decoder in decoders.items() if not wanted or name in wanted}
         names = arguments.benchmarks or (PUBLIC if os.environ.get("HASS_LIGHTNING_DATA") else ("validation",))
-        prompts = {name: ask(name, config, target, arguments.limit) for name in names}
+        prompts = {name: load_first_turns(name, config, target, arguments.limit) for name in names}
     machine = rates(target.dtype, device=target.device)
     sizes = {"autoregressive": (1, 0, 1), "chain": (4, 3, 1), "dynamic_tree": (tree.num_nodes, tree.depth, tree.width)}
     sizes["prompt_lookup"] = (9, 0, 1)
@@ -194,7 +198,7 @@ def main() -> None:
         options = {"max_new_tokens": arguments.max_new_tokens, "benchmark": name, "keep_proposals": False}
         for record in run_benchmark({"head": models}, decoders, prompts[name], **options):
             grouped[record.decoder].append(record)
-        rows = {d: row_of(grouped[d], floors(models, machine, *sizes.get(d, (1, 0, 1)))) for d in decoders}
+        rows = {d: row_of(grouped[d], lower_bounds(models, machine, *sizes.get(d, (1, 0, 1)))) for d in decoders}
         print_table(console, name, rows)
         result["rows"][name] = rows
         result["tokens_per_second"][name] = {d: row["tokens_per_second"]["median"] for d, row in rows.items()}

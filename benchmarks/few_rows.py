@@ -1,9 +1,9 @@
-"""What a forward over a few tokens costs: the library's kernel against `target/linear.py`, interleaved in one process.
+"""Time of a forward over few tokens: PyTorch's kernels against the packed weights of `target.packed=auto`.
 
-    python benchmarks/few_rows.py [--threads 2] [--repeats 15]
+    python benchmarks/few_rows.py [--threads 2] [--repeats 15] [--dtype float32 bfloat16]
 
-Prints a table (medians) and one line of JSON: by number of tokens, milliseconds of both and what the tokens cost in
-forwards of one token. The target is the quickstart's in fp32.
+Two copies of the quickstart's target run interleaved in one process. Prints a table per dtype (medians) and one line of
+JSON: for each number of tokens, milliseconds of both, and the cost relative to a forward of one token.
 """
 
 import argparse
@@ -18,24 +18,70 @@ from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
 
-from hass_lightning.cli import config_folder
-from hass_lightning.target import TargetModel, linear
+from hass_lightning.runs.config import config_folder
+from hass_lightning.target_model import TargetModel
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 60)
+SIZES = (1, 2, 4, 8, 16, 32, 60)
 PROMPT = 200
+MODES = ("false", "auto")
 
 
-def seconds(target: TargetModel, cache, num_tokens: int, most_rows: int) -> float:
-    """One forward of `num_tokens` on top of the prompt, with the LM head; `most_rows` 0: the library's kernel."""
-    linear.MOST_ROWS = most_rows
-    token_ids = torch.randint(0, 40_000, (1, num_tokens))
-    mask = torch.ones(1, 1, num_tokens, PROMPT + num_tokens, dtype=torch.bool)
-    mask[..., PROMPT:] = torch.ones(num_tokens, num_tokens).tril().bool()
-    positions = torch.arange(PROMPT, PROMPT + num_tokens)[None]
-    start = perf_counter()
-    features = target.forward(token_ids, cache, positions, mask)
-    target.head.logits(features[0]).max(-1)
-    return perf_counter() - start
+class Side:
+    """A target with a cached prompt."""
+
+    def __init__(self, dtype: str, mode: str):
+        with initialize_config_dir(config_folder(), version_base="1.3"):
+            overrides = [f"target.dtype={dtype}", f"target.packed={mode}"]
+            self.target: TargetModel = instantiate(compose("train", overrides=overrides).target)
+        self.cache = self.target.new_cache(1, PROMPT + max(SIZES))
+        self.target.forward(torch.arange(100, 100 + PROMPT)[None], self.cache)
+        self.cache.advance(PROMPT)
+
+    def seconds(self, token_ids: torch.Tensor) -> tuple[float, float, torch.Tensor]:
+        """Time a forward of `token_ids` [1, N] after the prompt: seconds of layers and LM head; returns also logits."""
+        count = token_ids.shape[1]
+        mask = torch.ones(1, 1, count, PROMPT + count, dtype=torch.bool)
+        mask[..., PROMPT:] = torch.ones(count, count).tril().bool()
+        positions = torch.arange(PROMPT, PROMPT + count)[None]
+        start = perf_counter()
+        features = self.target.forward(token_ids, self.cache, positions, mask)
+        middle = perf_counter()
+        logits = self.target.head.logits(features[0])
+        return middle - start, perf_counter() - middle, logits
+
+
+def compared(dtype: str, repeats: int, console: Console) -> list[dict]:
+    """Compare both modes in one dtype."""
+    sides = {mode: Side(dtype, mode) for mode in MODES}
+    times: dict[tuple[int, str], list[tuple[float, float]]] = {(size, mode): [] for size in SIZES for mode in MODES}
+    equal = dict.fromkeys(SIZES, True)
+    for number in range(repeats + 1):
+        torch.manual_seed(number)
+        for size in random.Random(number).sample(SIZES, len(SIZES)):
+            token_ids = torch.randint(0, 40_000, (1, size))
+            logits = {}
+            for mode in random.Random(size + number).sample(MODES, len(MODES)):
+                *seconds, logits[mode] = sides[mode].seconds(token_ids)
+                if number > 0:  # the first round is a warm-up
+                    times[size, mode].append(tuple(seconds))
+            equal[size] &= torch.equal(logits["false"], logits["auto"])
+    columns = ("tokens", "library: layers, LM head, ms", "packed: layers, LM head, ms", "ratio", "in single tokens")
+    table = Table(*columns, "equal bits", title=dtype)
+
+    def milliseconds(size: int, mode: str) -> list[float]:
+        return [1000 * median(part) for part in zip(*times[size, mode], strict=True)]
+
+    single = sum(milliseconds(1, "auto"))
+    rows = []
+    for size in SIZES:
+        library, packed = (milliseconds(size, mode) for mode in MODES)
+        row = {"tokens": size, "library_ms": library, "packed_ms": packed, "ratio": sum(library) / sum(packed)}
+        row |= {"cost": sum(packed) / single, "equal": equal[size]}
+        rows.append(row)
+        both = (" + ".join(f"{part:.1f}" for part in each) for each in (library, packed))
+        table.add_row(str(size), *both, f"{row['ratio']:.2f}", f"{row['cost']:.2f}", str(equal[size]))
+    console.print(table)
+    return rows
 
 
 @torch.inference_mode()
@@ -43,34 +89,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    with initialize_config_dir(config_folder(), version_base="1.3"):
-        target = instantiate(compose("train", overrides=["target.dtype=float32"]).target)
-    cache = target.new_cache(1, PROMPT + max(SIZES))
-    target.forward(torch.arange(100, 100 + PROMPT)[None], cache)
-    cache.advance(PROMPT)
-    most_rows = linear.MOST_ROWS
-    times: dict[tuple[int, bool], list[float]] = {(size, ours): [] for size in SIZES for ours in (False, True)}
-    for number in range(arguments.repeats + 1):
-        order = list(times)
-        random.Random(number).shuffle(order)
-        for size, ours in order:
-            spent = seconds(target, cache, size, most_rows if ours else 0)
-            if number > 0:  # the first round warms up
-                times[size, ours].append(spent)
-    milliseconds = {key: 1000 * median(values) for key, values in times.items()}
-    table = Table("tokens", "library ms", "few rows ms", "ratio", "cost in single tokens")
-    rows = []
-    for size in SIZES:
-        library, ours = milliseconds[size, False], milliseconds[size, True]
-        row = {"tokens": size, "library_ms": library, "few_rows_ms": ours, "ratio": library / ours}
-        row["cost"] = ours / milliseconds[1, True]
-        rows.append({key: round(value, 3) for key, value in row.items()})
-        table.add_row(str(size), *(f"{row[key]:.2f}" for key in ("library_ms", "few_rows_ms", "ratio", "cost")))
-    Console().print(table)
-    capability = torch.backends.cpu.get_cpu_capability()
-    print(json.dumps({"cpu_capability": capability, "threads": arguments.threads, "rows": rows}))
+    console = Console(width=140)
+    rows = {dtype: compared(dtype, arguments.repeats, console) for dtype in arguments.dtype}
+    machine = {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "threads": arguments.threads}
+    print(json.dumps(machine | {"rows": rows}))
 
 
 if __name__ == "__main__":

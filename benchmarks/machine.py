@@ -1,4 +1,4 @@
-"""What the machine can do at best, and how time, memory and figures are taken. Used by the other benchmarks."""
+"""Peak rates of the machine, and measurement of time and memory, for the other benchmarks."""
 
 import ctypes
 import gc
@@ -9,14 +9,14 @@ import torch
 
 
 def now(device: torch.device | str = "cpu") -> float:
-    """Seconds of the clock, once a GPU has done what it was given."""
+    """Return the clock in seconds, after synchronizing a GPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
 
 
 class Memory:
-    """Resident memory of this process (Linux), or what is allocated on a GPU, in MB."""
+    """Resident memory of this process (Linux), or allocated memory of a GPU, in MB."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
@@ -26,7 +26,7 @@ class Memory:
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
 
     def forget_peak(self) -> float:
-        """Give back what is free, forget the highest value so far; what is in use then."""
+        """Release free memory, reset the peak and return the memory in use."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -37,23 +37,23 @@ class Memory:
         return self._status("VmRSS")
 
     def peak(self) -> float:
-        """The highest value since `forget_peak`."""
+        """Return the peak since `forget_peak`."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         return self._status("VmHWM")
 
 
 def rounded(value):
-    """Four significant digits in every number of a nested result."""
+    """Round every number of a nested result to four significant digits."""
     if isinstance(value, dict):
         return {key: rounded(entry) for key, entry in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def rates(dtype: torch.dtype = torch.float32, repeats: int = 5, device: torch.device | str = "cpu") -> dict[str, float]:
-    """Operations a second of a large product, bytes a second of a copy and of a product with a vector.
+    """Measure FLOP/s of a large matrix product, and bytes/s of a copy and of a matrix-vector product.
 
-    The best of `repeats`, with torch's current number of threads. A copy counts what it reads and what it writes.
+    Best of `repeats`, with torch's current number of threads. A copy counts the bytes read and written.
     """
     where = {"dtype": dtype, "device": device}
     a, b = torch.randn(1024, 1024, **where), torch.randn(1024, 4096, **where)

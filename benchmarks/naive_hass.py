@@ -1,10 +1,10 @@
-"""A plain HASS step with the cost structure of the official code, as a baseline (hass.md §2.5, §7.8-7.11).
+"""A simple HASS step with the cost structure of the official code, as a baseline (docs/deviations.md).
 
-All bands are projected again in each step, scores of all bands are one stacked [J, B, H, T, T] tensor, logits, soft
-targets and log-probabilities are fp32 over the full vocabulary for every row, the top-K is searched again in each step,
-and each step has a backward of its own. Unlike the official code the mask is exact (masked scores at -inf), so that the
-losses are those of `hass_lightning`. The weights are those of an `EagleDraft`.
-Shapes: B batch, T rows, D hidden, H heads, V vocabulary, J bands.
+Each step projects all bands again, stacks the scores of all bands in one [J, B, H, T, T] tensor, computes logits, soft
+targets and log-probabilities in fp32 over the full vocabulary for every position, searches the top-K again, and has a
+separate backward pass. Unlike in the official code, the mask is exact (masked scores are -inf), so that the losses
+equal those of `hass_lightning`. The weights are those of an `EagleDraft`.
+Shapes: B batch, T positions, D hidden, H heads, V vocabulary, J bands.
 """
 
 import torch
@@ -15,7 +15,7 @@ from hass_lightning.draft import EagleDraft
 
 
 def naive_forward(draft: EagleDraft, embeddings: Tensor, bands: list[Tensor], rotary) -> Tensor:
-    """The estimate [B, T, D] of step J from all bands of features [B, T, D], oldest first."""
+    """Predict features [B, T, D] in step J from all bands of features [B, T, D], the target features first."""
     attention = draft.layer.self_attn
     fused = [draft.fuse(embeddings, features) for features in bands]
     q = attention.queries(fused[-1], rotary)  # [B, H, T, d]
@@ -29,7 +29,7 @@ def naive_forward(draft: EagleDraft, embeddings: Tensor, bands: list[Tensor], ro
     for band in range(1, num_bands):
         back = num_bands - 1 - band
         masks.append(causal.tril(-back) & ~causal.tril(-back - 1))
-    mask = torch.stack(masks)[:, None, None].to(q.dtype)  # [J, 1, 1, T, T]; each column is seen in one band
+    mask = torch.stack(masks)[:, None, None].to(q.dtype)  # [J, 1, 1, T, T]; each position is visible in one band
     scores = (q[None] @ keys.transpose(-1, -2)) * q.shape[-1] ** -0.5  # [J, B, H, T, T]
     scores = (scores * mask).sum(0).masked_fill(~causal, float("-inf"))
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
@@ -47,14 +47,20 @@ def naive_step(
     depth: int,
     k: int = 10,
 ) -> float:
-    """Losses of HASS (feature 1, soft cross-entropy 0.1, top-K 1) with their gradients added to the head.
+    """Compute the losses of HASS (feature 1, soft cross-entropy 0.1, top-K 1) and add their gradients to the head.
 
     Args:
-        embeddings: [B, T, D] of tokens t+1. inputs: [B, T, D], features t. targets: [B, T, D], features t+1.
-        mask: [B, T], the rows that count.
+        draft: the head.
+        lm_head: [V, D].
+        embeddings: [B, T, D], embeddings of tokens t+1.
+        inputs: [B, T, D], target features t.
+        targets: [B, T, D], target features t+1.
+        mask: [B, T], the loss mask.
+        depth: number of alignment steps.
+        k: K of the top-K loss.
 
     Returns:
-        the loss, summed over the steps.
+        The loss, summed over the steps.
     """
     rotary = draft.rotary(torch.arange(inputs.shape[1], device=inputs.device)[None])
     with torch.no_grad():

@@ -1,10 +1,10 @@
-"""How cost grows with tree nodes, context, sequence length, vocabulary and alignment depth, with fitted exponents.
+"""Scaling of time with tree nodes, context, sequence length, vocabulary and alignment depth, with fitted exponents.
 
     python benchmarks/scaling.py [--threads 2] [--repeats 3] [--plot benchmarks/scaling_cost.html] [--device cuda]
 
-SmolLM2-135M's shape, fp32; the training step is forward and backward of the head (random features, every row marked).
-Prints a table, writes a plot, and prints one line of JSON with `exponents` (the slope of log time over log size, over
-all sizes and over the larger half, where the fixed part of the cost is small).
+Shape of SmolLM2-135M, fp32. A training step is the forward and backward pass of the head (random features, loss mask
+true everywhere). Prints a table, writes a plot, and prints one line of JSON with `exponents` (the slope of log time
+over log size, over all sizes and over the larger half, where the constant part is small).
 """
 
 import argparse
@@ -22,22 +22,22 @@ from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
 
-from hass_lightning.cli import config_folder
 from hass_lightning.draft import Alignment, EagleDraft
 from hass_lightning.losses import DraftLoss, FeatureRegression, SoftCrossEntropy, TopK
-from hass_lightning.target import TargetHead, TargetModel
+from hass_lightning.runs.config import config_folder
+from hass_lightning.target_model import TargetHead, TargetModel
 from hass_lightning.training.module import HassModule
 from hass_lightning.types import FeatureBatch
 from machine import now
 
-CONTEXT, LENGTH, VOCABULARY = 200, 256, 8192  # where they are not what grows
+CONTEXT, LENGTH, VOCABULARY = 200, 256, 8192  # defaults where another size varies
 Work = Callable[[], object]
 
 
 def verify(target: TargetModel, num_nodes: int, context: int) -> Work:
-    """A forward over a chain of `num_nodes` with the LM head, on a cache of `context` tokens."""
+    """Return a forward over a chain of `num_nodes` with the LM head, with `context` cached tokens."""
     cache = target.new_cache(1, context + num_nodes)
-    cache.length = context  # zeros: what stands there costs the same
+    cache.length = context  # zeros, because the content does not affect the time
     ids = torch.randint(0, 40_000, (1, num_nodes), device=target.device)
 
     @torch.inference_mode()
@@ -47,8 +47,8 @@ def verify(target: TargetModel, num_nodes: int, context: int) -> Work:
     return work
 
 
-def guess(target: TargetModel, size: int) -> Work:
-    """Three rows of the head over a draft vocabulary of `size`: logits, best three, log-sum-exp."""
+def top_tokens(target: TargetModel, size: int) -> Work:
+    """Return the logits, top 3 and log-sum-exp of three nodes over a draft vocabulary of `size`."""
     weight = torch.randn(size, target.hidden_size, device=target.device)
     rows = torch.randn(3, target.hidden_size, device=target.device)
     vocabulary = TargetHead(weight, weight).draft_vocabulary()
@@ -63,7 +63,7 @@ def guess(target: TargetModel, size: int) -> Work:
 
 
 def train(target: TargetModel, length: int, size: int, depth: int) -> Work:
-    """Forward and backward of one sequence."""
+    """Return the forward and backward pass of one sequence."""
     torch.manual_seed(0)
     draft = EagleDraft.from_target(target.config).to(target.device)
     loss = DraftLoss({"feature": FeatureRegression(), "soft_ce": SoftCrossEntropy(0.1), "top_k": TopK()})
@@ -83,11 +83,11 @@ def train(target: TargetModel, length: int, size: int, depth: int) -> Work:
 
 
 def studies(target: TargetModel) -> dict[str, dict[int, Work]]:
-    """What grows, by name; for each size the work that is timed."""
+    """Return the work to time by name of the study and size."""
     return {
         "verify: nodes": {n: verify(target, n, CONTEXT) for n in (1, 2, 4, 8, 16, 32, 64)},
         "verify 8: context": {n: verify(target, 8, n) for n in (128, 256, 512, 1024, 2048, 4096)},
-        "guess: draft vocabulary": {n: guess(target, n) for n in (4096, 8192, 16_384, 32_768, 49_152)},
+        "guess: draft vocabulary": {n: top_tokens(target, n) for n in (4096, 8192, 16_384, 32_768, 49_152)},
         "train: sequence length": {n: train(target, n, VOCABULARY, 3) for n in (64, 128, 256, 512, 1024)},
         "train: vocabulary": {n: train(target, LENGTH, n, 3) for n in (4096, 8192, 16_384, 32_768, 49_152)},
         "train: alignment depth": {n: train(target, LENGTH, VOCABULARY, n) for n in (1, 2, 3, 4, 5)},
@@ -95,7 +95,7 @@ def studies(target: TargetModel) -> dict[str, dict[int, Work]]:
 
 
 def timed(works: dict[int, Work], repeats: int, device: str) -> dict[int, float]:
-    """Median milliseconds of each size, in random order after a warm-up."""
+    """Measure median milliseconds of each size, in random order after a warm-up."""
     found: dict[int, list[float]] = {size: [] for size in works}
     for number in range(repeats + 1):
         for size in random.Random(number).sample(list(works), len(works)):
@@ -107,13 +107,13 @@ def timed(works: dict[int, Work], repeats: int, device: str) -> dict[int, float]
 
 
 def exponent(times: dict[int, float]) -> float:
-    """Slope of log time over log size."""
+    """Fit the slope of log time over log size."""
     return float(np.polyfit(np.log(list(times)), np.log(list(times.values())), 1)[0])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plot", default="scaling_cost.html")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -124,7 +124,7 @@ def main() -> None:
         overrides = ["target.dtype=float32", f"target.device={arguments.device}"]
         target = instantiate(compose("train", overrides=overrides).target)
     figure = go.Figure()
-    table = Table("what grows", "sizes", "ms", "exponent", "larger half", title="cost")
+    table = Table("size varied", "sizes", "ms", "exponent", "larger half", title="cost")
     result: dict = {"milliseconds": {}, "exponents": {}}
     for name, works in studies(target).items():
         times = timed(works, arguments.repeats, arguments.device)
@@ -134,7 +134,7 @@ def main() -> None:
         numbers = (", ".join(map(str, times)), ", ".join(f"{value:.1f}" for value in times.values()))
         table.add_row(name, *numbers, f"{exponent(times):.2f}", f"{exponent(larger):.2f}")
         figure.add_scatter(x=list(times), y=list(times.values()), name=f"{name} (exponent {exponent(larger):.2f})")
-    figure.update_layout(title="Cost as one size grows (SmolLM2-135M's shape)", template="plotly_white")
+    figure.update_layout(title="Time by size (shape of SmolLM2-135M)", template="plotly_white")
     figure.update_xaxes(type="log", title="size").update_yaxes(type="log", title="milliseconds")
     figure.write_html(arguments.plot, include_plotlyjs="cdn")
     Console(width=150).print(table)

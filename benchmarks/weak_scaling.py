@@ -1,12 +1,12 @@
-"""Weak scaling: the same work a process with 1 and 2 processes, and the bytes each strategy sends in a step.
+"""Weak scaling with 1 and 2 processes, and the bytes that each strategy sends per step.
 
     python benchmarks/weak_scaling.py [--steps 24] [--strategies ddp_cpu deepspeed_zero1 deepspeed_zero2 …]
 
-Every run trains the quickstart's head (SmolLM2-135M, depth 1 unless `--overrides` says otherwise) on 4 conversations a
-process and step, one thread a process, in a network namespace of its own (`unshare -rn`), where nothing but its
-processes talks, so that the kernel's counter of the loopback device counts exactly what they send to each other. Bytes
-and seconds a step are differences of two lengths of run: start-up, checkpoint and the one validation drop out. The
-features are extracted before, outside the namespace.
+Every run trains the quickstart's head (SmolLM2-135M, depth 1 unless `--overrides` changes it) on 4 conversations per
+process and step, with one thread per process. It runs in a separate network namespace (`unshare -rn`), so that the
+kernel's counter of the loopback device counts only the traffic between its processes. Bytes and seconds per step are
+differences between a long and a short run, which removes start-up, checkpoint and validation. Features are extracted
+before, outside of the namespace.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ OVERRIDES = (
     "data.max_answer_tokens=24000", "data.num_validation=8", "model.alignment.depth=1", "model.draft.start=random",
     "trainer.max_epochs=null",
 )  # fmt: skip
-# /sys shows the devices of the namespace it was mounted in; /proc/net those of the reader
+# /sys shows the devices of the namespace in which it was mounted, /proc/net those of the reading process
 COUNTER = "awk '$1 == \"lo:\" {print $10}' /proc/net/dev"
 
 
 def run(strategy: str, num_processes: int, steps: int, folder: Path, overrides: list[str]) -> tuple[int, float]:
-    """(bytes sent over loopback, seconds of training) of one run."""
-    words = [
+    """Return (bytes sent over loopback, seconds of training) of one run."""
+    own_overrides = [
         *OVERRIDES,
         *overrides,
         f"trainer={strategy}",
         f"trainer.devices={num_processes}",
         f"trainer.max_steps={steps}",
     ]
-    words += [f"trainer.val_check_interval={steps}", f"name={strategy}-{num_processes}-{steps}"]
-    command = " ".join(f"'{word}'" for word in [sys.executable, "-m", "hass_lightning.train", *words])
+    own_overrides += [f"trainer.val_check_interval={steps}", f"name={strategy}-{num_processes}-{steps}"]
+    command = " ".join(f"'{part}'" for part in [sys.executable, "-m", "hass_lightning.commands.train", *own_overrides])
     script = f"ip link set lo up; {command} >&2; {COUNTER}"
     environment = os.environ | {"HASS_LIGHTNING_ROOT": str(folder), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     done = subprocess.run(
@@ -57,7 +57,7 @@ def run(strategy: str, num_processes: int, steps: int, folder: Path, overrides: 
 
 
 def measure(strategy: str, num_processes: int, steps: int, folder: Path, overrides: list[str]) -> dict[str, float]:
-    """Bytes and seconds a step."""
+    """Measure bytes and seconds per step."""
     short, long = (run(strategy, num_processes, number, folder, overrides) for number in (steps // 4, steps))
     number = steps - steps // 4
     return {
@@ -72,10 +72,10 @@ def main() -> None:
     parser.add_argument(
         "--strategies", nargs="+", default=["ddp_cpu", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"]
     )
-    parser.add_argument("--overrides", nargs="*", default=[], help="further words for hass-train")
+    parser.add_argument("--overrides", nargs="*", default=[], help="further overrides for hass-train")
     arguments = parser.parse_args()
-    words = [word for word in (*OVERRIDES, *arguments.overrides) if word.startswith(("experiment", "data", "target"))]
-    subprocess.run([sys.executable, "-m", "hass_lightning.prepare", *words], check=True, stdout=sys.stderr)
+    kept = [each for each in (*OVERRIDES, *arguments.overrides) if each.startswith(("experiment", "data", "target"))]
+    subprocess.run([sys.executable, "-m", "hass_lightning.commands.prepare", *kept], check=True, stdout=sys.stderr)
     with tempfile.TemporaryDirectory() as name:
         common = (arguments.steps, Path(name), arguments.overrides)
         rows = [measure("cpu", 1, *common)]

@@ -1,9 +1,9 @@
 # ruff: noqa: E402
-"""What all tests share: one torch thread, no network, a cache of their own, the tiny target, commands as processes."""
+"""Fixtures for all tests: one torch thread, no network, a separate cache, the tiny target, commands as processes."""
 
 import os
 
-# before torch, transformers and wandb are imported: they read these once
+# before torch, transformers and wandb are imported, which read these once
 os.environ.update(
     OMP_NUM_THREADS="1",
     OMP_WAIT_POLICY="PASSIVE",
@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory):
-    """The cache folder of this session: nothing is read from or written to the user's own."""
+    """The cache folder of this session: nothing is read from or written to the user's cache."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HASS_LIGHTNING_CACHE", str(folder))
@@ -40,7 +40,7 @@ def cache_dir(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def same_environment():
-    """What a test (or a library in it, such as seed_everything) sets in the environment ends with the test."""
+    """Restores the environment after each test, whatever the test or a library (seed_everything) sets."""
     before = dict(os.environ)
     yield
     for key in set(os.environ) - set(before) - {"PYTEST_CURRENT_TEST"}:
@@ -51,28 +51,28 @@ def same_environment():
 
 @pytest.fixture(scope="session")
 def tiny(cache_dir):
-    """The target of conf/target/tiny.yaml. Shared: do not change it."""
-    from hass_lightning.target import TargetModel
-    from hass_lightning.target.tiny import tiny_llama
+    """The target of conf/target/tiny.yaml. It is shared and must not be changed."""
+    from hass_lightning.target_model import TargetModel
+    from hass_lightning.target_model.tiny import tiny_llama
 
     return TargetModel.load(tiny_llama(seed=0), "tiny", dtype="float32", attn_implementation="sdpa")
 
 
 @pytest.fixture
 def silent_server():
-    """The address of a loopback server that takes connections and never replies."""
+    """The address of a loopback server that accepts connections and never replies."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.fixture
 def start_command(tmp_path, cache_dir):
-    """Start `python -m hass_lightning.<command> …` in tmp_path; what still runs is ended after the test."""
+    """Start `python -m hass_lightning.commands.<command> …` in tmp_path; running processes are stopped at the end."""
     started = []
 
     def start(command, *overrides, env=None, cwd=None):
         process = subprocess.Popen(
-            [sys.executable, "-m", f"hass_lightning.{command}", *overrides],
+            [sys.executable, "-m", f"hass_lightning.commands.{command}", *overrides],
             cwd=cwd or tmp_path,
             env=command_environment(tmp_path, cache_dir, **(env or {})),
             stdout=subprocess.PIPE,
@@ -92,7 +92,7 @@ def start_command(tmp_path, cache_dir):
 
 @pytest.fixture
 def run_command(start_command):
-    """Run a command as a process to its end: .code, .out, .err."""
+    """Run a command as a process until it ends: .code, .out, .err."""
 
     def run(command, *overrides, timeout=600, **options):
         process = start_command(command, *overrides, **options)
@@ -104,17 +104,18 @@ def run_command(start_command):
 
 @pytest.fixture
 def call_command(tmp_path, monkeypatch, capfd):
-    """Call a command inside this process (several seconds of imports cheaper than a process): .code, .out, .err."""
+    """Call a command inside this process (saves several seconds of imports): .code, .out, .err."""
     import importlib
 
     from hydra.core.global_hydra import GlobalHydra
 
     def call(command, *overrides):
-        main = importlib.import_module(f"hass_lightning.{command}").main
+        main = importlib.import_module(f"hass_lightning.commands.{command}").main
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HASS_LIGHTNING_ROOT", str(tmp_path))
         monkeypatch.setattr(sys, "argv", [f"hass-{command}", *overrides])
-        monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning's handler holds an earlier test's stderr
+        # Lightning's handler still uses an earlier test's stderr
+        monkeypatch.setattr(logging, "raiseExceptions", False)
         GlobalHydra.instance().clear()
         capfd.readouterr()
         root = logging.getLogger()

@@ -1,4 +1,4 @@
-"""Which tensors an operation makes: the shapes of all of them, for tests of memory."""
+"""Shapes of all tensors created by a function, for tests of memory."""
 
 from math import prod
 
@@ -22,5 +22,5 @@ class Shapes(TorchDispatchMode):
 
     @property
     def largest(self) -> int:
-        """Elements of the largest of them."""
+        """Number of elements of the largest tensor."""
         return max(prod(shape) for shape in self.seen)

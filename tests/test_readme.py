@@ -1,4 +1,4 @@
-"""What README and docs say is there and composes. Their install and pytest lines run in .ci/run."""
+"""The files that README and docs name exist, and their commands compose. .ci/run runs install and pytest lines."""
 
 import re
 import shlex
@@ -9,8 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from hass_lightning.cli import config_folder
-from hass_lightning.measure import records
+from hass_lightning.measure import metrics
+from hass_lightning.runs.config import config_folder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,7 +19,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
 def commands(text):
-    """The hass-* lines of the bash blocks, continuation lines joined."""
+    """Return the hass-* lines of the bash blocks, with continuation lines joined."""
     for block in re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
         joined = block.replace("\\\n", " ")
         yield from re.findall(r"^(?:pip install .* && )?(hass-\w+ *.*)$", joined, flags=re.MULTILINE)
@@ -30,7 +30,7 @@ IN_DOCS = list(dict.fromkeys(line for page in PAGES for line in commands(page.re
 
 
 def every_choice(line):
-    """(program, overrides) of a command line, one for each cell of a sweep."""
+    """Yield (program, overrides) of a command line, one for each cell of a sweep."""
     program, *words = [word for word in shlex.split(line, comments=True) if word not in ("-m", "--cfg", "job")]
     parser = OverridesParser.create()
     choices = []
@@ -60,7 +60,7 @@ def test_the_commands_of_the_docs_compose_with_the_tiny_target():
     broken = {}
     with initialize_config_dir(config_folder(), version_base="1.3"):
         for line in IN_DOCS:
-            program, overrides = next(every_choice(line))  # the cells of a sweep differ in values alone
+            program, overrides = next(every_choice(line))  # the cells of a sweep differ only in values
             name = program.removeprefix("hass-")
             try:
                 takes_target = re.search(
@@ -79,13 +79,14 @@ def test_the_glossary_has_every_convention():
     text = (ROOT / "docs/metrics.md").read_text()
     data_and_readers = {"BASELINE", "Question", "Record", "Totals", "matched", "read_records", "select", "totals",
                         "totals_by_question"}  # fmt: skip
-    missing = [name for name in records.__all__ if name not in data_and_readers and f"`{name}`" not in text]
+    missing = [name for name in metrics.__all__ if name not in data_and_readers and f"`{name}`" not in text]
     assert not missing
 
 
 def test_every_page_is_on_the_site_and_every_check_is_on_the_page_of_the_doctor():
     site = (ROOT / "mkdocs.yml").read_text()
     assert not [page.name for page in PAGES if str(page.relative_to(ROOT / "docs")) not in site]
+    assert not [page.name for page in (ROOT / "experiments").glob("*.md") if f"experiments/{page.name}" not in site]
     names = set()
     for module in (ROOT / "src/hass_lightning/checks").glob("*.py"):
         names |= set(re.findall(r'(?:ok|warning|error)\)?\(\s*"(\w+)"', module.read_text()))
@@ -94,7 +95,7 @@ def test_every_page_is_on_the_site_and_every_check_is_on_the_page_of_the_doctor(
     assert not {name for name in names if f"`{name}`" not in page and not name.startswith("head_")}
 
 
-def test_the_tree_of_the_readme_is_there():
+def test_tree_of_the_readme_matches_the_files():
     (tree,) = re.findall(r"## Where things are\s+```\n(.*?)```", README, flags=re.DOTALL)
     folder, missing = ROOT, []
     for line in tree.splitlines():

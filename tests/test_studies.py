@@ -1,4 +1,4 @@
-"""The studies of conf/hparams_search: each has the cells it should, every cell builds, small ones run to reports."""
+"""The studies of conf/hparams_search: each has the expected cells, every cell builds, small versions run to reports."""
 
 import json
 import math
@@ -14,8 +14,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from browser import CHROMIUM, check_page, open_page
-from hass_lightning.cli import config_folder
-from hass_lightning.ledger import Ledger
+from hass_lightning.runs.config import config_folder
+from hass_lightning.runs.ledger import Ledger
 
 CONF = Path(config_folder())
 NUM_CELLS = {
@@ -26,7 +26,7 @@ NUM_CELLS = {
 
 
 def study(name):
-    """A study as it is written, nothing resolved."""
+    """Return a study without resolving its interpolations."""
     written = OmegaConf.to_container(OmegaConf.load(CONF / "hparams_search" / f"{name}.yaml"), resolve=False)
     return SimpleNamespace(**{"sweeper": written["hydra"]["sweeper"], **written})
 
@@ -38,13 +38,13 @@ def base():
 
 
 def overrides(name):
-    """The overrides of every cell, as Hydra's sweeper makes them."""
+    """Return the overrides of every cell, from Hydra's sweeper."""
     params = [f"{key}={value}" for key, value in study(name).sweeper["params"].items()]
     (batch,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(params), None)
     return [list(job) for job in batch]
 
 
-def test_every_study_is_listed_with_what_it_asks():
+def test_every_study_is_listed_with_its_question():
     names = {path.stem for path in (CONF / "hparams_search").glob("*.yaml")}
     assert names == set(NUM_CELLS)
     listed = (CONF.parent / "experiments" / "README.md").read_text()
@@ -55,7 +55,7 @@ def test_every_study_is_listed_with_what_it_asks():
 
 
 @pytest.mark.parametrize("name", sorted(set(NUM_CELLS) - {"optuna"}))
-def test_a_study_has_the_cells_it_should_and_each_can_be_built(name):
+def test_study_has_the_expected_cells_and_each_can_be_built(name):
     cells = overrides(name)
     assert len(cells) == len({tuple(cell) for cell in cells}) == NUM_CELLS[name]
     for override in {each for cell in cells for each in cell}:
@@ -63,7 +63,7 @@ def test_a_study_has_the_cells_it_should_and_each_can_be_built(name):
         if "/" in key:
             assert (CONF / key / f"{value}.yaml").is_file(), override
             continue
-        if key == "data.source.answers":  # of the study's own data
+        if key == "data.source.answers":  # from the study's own data
             assert "answers" in OmegaConf.load(CONF / "data" / "first_turns.yaml").source
             continue
         top = key.split(".")[0]
@@ -133,7 +133,7 @@ DECODE_LITTLE = (
 
 
 def small_axes(name):
-    """The first two levels of each axis; of top_k, whose one axis holds two, the cell without the term and 2 x 2."""
+    """Return the first two levels of each axis; for top_k, whose axis has two keys, the cell without it and 2 x 2."""
     levels = {}
     for cell in overrides(name):
         for each in cell:
@@ -149,7 +149,7 @@ def small_axes(name):
 
 
 def words_of(name, tmp_path, cache_dir):
-    """The command line of a small version of a study."""
+    """Return the command line of a small version of a study."""
     words = [f"hparams_search={name}", *TINY]
     if name == "self_distillation":
         chats = tmp_path / "chats.jsonl"
@@ -170,7 +170,7 @@ def words_of(name, tmp_path, cache_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NUM_CELLS))
 def test_every_study_runs_to_its_report(call_command, tmp_path, cache_dir, name):
-    """In one process (hydra/launcher=basic): the imports of 45 cells would take most of the time."""
+    """In one process (hydra/launcher=basic), because the imports of 45 cells would take most of the time."""
     if name == "optuna":
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
         num_runs = num_cells = 2
@@ -184,7 +184,7 @@ def test_every_study_runs_to_its_report(call_command, tmp_path, cache_dir, name)
     (folder,) = (tmp_path / "runs" / "sweeps").iterdir()
     assert folder.name == f"{name}_custom"
     assert len(list(folder.glob("*/metrics.json"))) == num_runs
-    done = call_command("report_command", f"runs={folder}", f"output_dir={tmp_path / 'report'}")
+    done = call_command("report", f"runs={folder}", f"output_dir={tmp_path / 'report'}")
     assert done.code == 0, done.err[-3000:]
     found = json.loads(done.out.strip().splitlines()[-1])
     assert (len(found["cells"]), found["num_left_out"]) == (num_cells, 0)
@@ -207,7 +207,7 @@ def test_twelve_cells_extract_their_features_once_and_their_report_opens_offline
     first_end = min(entry.time for entry in Ledger(folder).entries() if entry.status == "completed")
     assert len(shards) == 2 and all(path.stat().st_mtime < first_end for path in shards)
 
-    done = call_command("report_command", f"runs={folder}")
+    done = call_command("report", f"runs={folder}")
     assert done.code == 0, done.err
     page = Path(json.loads(done.out.strip().splitlines()[-1])["files"]["html"])
     if CHROMIUM is None:

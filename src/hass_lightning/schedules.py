@@ -1,8 +1,8 @@
-"""Numbers that change while a head is trained: a loss weight, a K, a depth, as functions of progress alone.
+"""Schedules for numbers that change during training, such as a loss weight, K or the alignment depth.
 
-Where a config takes such a number it also takes a mapping from progress to value: `{0: 0, 0.8: 1}` is 0 for the first
-80 % of the run and 1 after; `{0: 0, 0.5: 1, shape: linear}` rises evenly until the middle. Progress is the optimizer
-step divided by their number, so that a resumed run goes on exactly as it would have without the interruption.
+Wherever a config accepts such a number, it also accepts a mapping from progress to value: `{0: 0, 0.8: 1}` is 0 for the
+first 80 % of the run and 1 afterwards; `{0: 0, 0.5: 1, shape: linear}` increases linearly until the middle. Progress is
+the optimizer step divided by the total number of steps, so a resumed run continues exactly as if uninterrupted.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A number as a function of progress: constant or linear between points (progress, value)."""
+    """A number as a function of progress, constant or linear between points (progress, value)."""
 
     points: tuple[tuple[float, float], ...]
     linear: bool = False
-    whole: bool = False  # rounded to an int
+    whole: bool = False  # round to an int
 
     def at(self, progress: float) -> float:
-        """The value at `progress` in [0, 1]; before the first point its value holds, after the last that one's."""
+        """Return the value at `progress` in [0, 1]; constant before the first point and after the last."""
         position = bisect_right(self.points, progress, key=lambda point: point[0]) - 1
         start, value = self.points[max(0, position)]
         if self.linear and 0 <= position < len(self.points) - 1:
@@ -32,18 +32,21 @@ class Scheduled:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """The values at the points; all others lie between them."""
+        """Values at the points; all other values lie between them."""
         return tuple(value for _, value in self.points)
 
 
 def scheduled(key: str, value: Any, least: float | None = None, whole: bool = False) -> Scheduled:
-    """A number, or a mapping from progress to numbers, as `Scheduled`.
+    """Convert a number, or a mapping from progress to numbers, to `Scheduled`.
 
     Args:
-        key: the config key, for the errors. least: the smallest value allowed. whole: whether it must be an integer.
+        key: the config key, for error messages.
+        value: the number or mapping.
+        least: the smallest allowed value.
+        whole: whether values must be integers.
 
     Raises:
-        ValueError: it is neither, a progress lies outside [0, 1], or a value is too small or no integer.
+        ValueError: if `value` is neither, a progress lies outside [0, 1], or a value is too small or not an integer.
     """
     points, shape = value, "steps"
     if isinstance(value, Mapping):

@@ -1,12 +1,13 @@
-"""The nouns every stage shares.
+"""Data types shared by all stages.
 
-Shape legend, used in every tensor file of the package:
-    B batch, T tokens of a sequence, R masked rows, D hidden size, V vocabulary, Vd draft vocabulary,
+Legend of the shapes in docstrings and comments of the package:
+    B batch, T tokens of a sequence, R loss positions, D hidden size, V vocabulary, Vd draft vocabulary,
     J alignment steps, N nodes of a draft tree, H attention heads, d head size, C cache capacity.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -19,19 +20,34 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `tool_calls` (of an assistant) as the chat templates of transformers take them."""
+    """One turn of a conversation.
+
+    Attributes:
+        tool_calls: of an assistant, in the format of the transformers chat templates.
+        reasoning: what a reasoning model generates before the answer, without its tags.
+        tool_call_id: of a tool result: the call that it belongs to. name: of the tool.
+        in_loss: False for an answer that is only context (`weight: 0` in OpenAI's format).
+    """
 
     role: Role
     content: str
     tool_calls: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+    reasoning: str = ""
+    tool_call_id: str = ""
+    name: str = ""
+    in_loss: bool = True
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A question with its answers, or a question alone (a benchmark prompt).
+    """A question with its answers, or without them (a benchmark prompt).
 
-    `category` groups benchmark results; `finished` is False when the last answer was cut at the length limit, so that
-    nothing learns an end of turn which the target did not write; `split` is train or validation where the data says.
+    Attributes:
+        category: group of a benchmark question, for results by category.
+        finished: False if the last answer was truncated at the length limit. No end-of-turn token is trained on then.
+        split: train, validation or test if the data set defines it, else empty. `test` is never trained on.
+        tools: definitions of the tools that the target may call, as JSON schemas.
+        place: file and line where it was read, for messages.
     """
 
     id: str
@@ -39,6 +55,8 @@ class Conversation:
     category: str = ""
     finished: bool = True
     split: str = ""
+    tools: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+    place: str = field(default="", compare=False)
 
     @property
     def question(self) -> str:
@@ -46,17 +64,17 @@ class Conversation:
         return next((message.content for message in self.messages if message.role == "user"), "")
 
     def without_answers(self) -> Conversation:
-        """What a benchmark asks: the same turns without the assistant's, and without the tool results it asked for."""
-        asked = tuple(m for m in self.messages if m.role not in ("assistant", "tool"))
-        return Conversation(self.id, asked, self.category)
+        """Return the benchmark prompt: the same turns without those of the assistant and its tool results."""
+        kept = tuple(m for m in self.messages if m.role not in ("assistant", "tool"))
+        return Conversation(self.id, kept, self.category, tools=self.tools, place=self.place)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised conversation.
+    """A tokenized conversation.
 
-    `loss_mask[t]` marks *row* t: the draft head reads token t+1 and feature t there and is asked for token t+2. Rows
-    T_s-1 … T_e-1 are marked for an answer at tokens T_s … T_e (hass.md §4.4; paper §3).
+    At position t the draft head reads token t+1 and feature t and predicts token t+2. `loss_mask[t]` is True at loss
+    positions: for an answer at tokens T_s … T_e these are T_s-1 … T_e-1 (docs/method.md, Loss positions; paper §3).
     """
 
     id: str
@@ -69,21 +87,21 @@ class Tokens:
 
 @dataclass
 class FeatureBatch:
-    """Right-padded sequences with the target's features (last hidden state after the final norm)."""
+    """A batch of right-padded sequences with the target's features (last hidden state after the final norm)."""
 
     input_ids: Tensor  # [B, T] int64
-    loss_mask: Tensor  # [B, T] bool, on rows (see Tokens)
+    loss_mask: Tensor  # [B, T] bool, True at loss positions (see Tokens)
     lengths: Tensor  # [B] int64
     features: Tensor  # [B, T, D]
-    target_ids: Tensor  # [B, T] int64: argmax of the target's logits at feature t, -1 where no row asks for it
+    target_ids: Tensor  # [B, T] int64: argmax of the target's logits at feature t, -1 where no loss position needs it
     ids: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> FeatureBatch:
-        """The same batch on another device."""
+        """Return the batch on another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> FeatureBatch:
-        """The same batch in page-locked memory (called by the DataLoader)."""
+        """Return the batch in page-locked memory (called by the DataLoader)."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> FeatureBatch:
@@ -94,38 +112,67 @@ class FeatureBatch:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: temperature 0 is greedy; `top_p`, `top_k` cut every distribution that is sampled from."""
+    """Sampling parameters.
+
+    Args:
+        temperature: 0 is greedy decoding.
+        top_p: nucleus sampling, applied to every distribution that is sampled from.
+        top_k: top-k sampling, applied to every distribution that is sampled from. None: off.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} is negative: 0 is greedy, 1 samples as the target does.")
+            raise ValueError(f"temperature={self.temperature} is negative: 0 is greedy, 1 samples from the target.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1].")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1, or null for no cut.")
+            raise ValueError(f"top_k={self.top_k} must be at least 1, or null to turn it off.")
 
 
 @dataclass
 class DecodeResult:
-    """One generated answer and the trace every metric is computed from.
+    """One generated answer and the trace that every metric is computed from.
 
-    `accepted[c]` is the number of draft tokens accepted in verifying cycle c (the bonus token not counted, nothing
-    truncated); `drafted[c]` the greatest depth that was offered in it; `nodes[c]` the number of draft tokens verified.
+    Attributes:
+        token_ids: the new tokens, including the end token, truncated at the length limit.
+        accepted: number of draft tokens accepted in each verifying cycle, without the bonus token, never truncated.
+        drafted: greatest depth of the draft tokens in each cycle.
+        nodes: number of draft tokens verified in each cycle.
+        seconds: time by phase (prefill, draft, verify, bookkeeping); their sum is the wall-clock time.
+        proposals: drafted token ids of each cycle, for the report.
+        logit_gaps: the target's top-1 minus top-2 logit at each new token.
     """
 
-    token_ids: list[int]  # the new tokens, end token included, cut at the limit
+    token_ids: list[int]
     accepted: list[int]
     drafted: list[int]
     nodes: list[int]
-    seconds: dict[str, float]  # by phase: prefill, draft, verify, bookkeeping; their sum is the wall-clock time
-    proposals: list[list[int]] = field(default_factory=list)  # the drafted token ids of each cycle, for the report
-    logit_gaps: list[float] = field(default_factory=list)  # the target's top-1 minus top-2 logit at each new token
+    seconds: dict[str, float]
+    proposals: list[list[int]] = field(default_factory=list)
+    logit_gaps: list[float] = field(default_factory=list)
 
     @property
     def total_seconds(self) -> float:
-        """Wall-clock seconds of the whole answer."""
+        """Wall-clock seconds for the whole answer."""
         return sum(self.seconds.values())
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per verifying forward of the target, with the bonus token (τ of this answer, measure/metrics.py).
+
+        nan if the answer ended with the token of the prefill.
+        """
+        return 1 + sum(self.accepted) / len(self.accepted) if self.accepted else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens after the first one, divided by the seconds after the prefill; nan if there are none."""
+        seconds = self.total_seconds - self.seconds.get("prefill", 0.0)
+        return (len(self.token_ids) - 1) / seconds if self.accepted and seconds > 0 else math.nan

@@ -1,4 +1,4 @@
-"""The probe step, the estimates and the conversation learned by heart, with planted faults."""
+"""The probe step, the estimates and the overfitted conversation, with injected faults."""
 
 import functools
 import shutil
@@ -42,7 +42,7 @@ def test_a_probe_step_measures_and_finds_no_fault(tiny, module, sequence):
     batch = longest_batch(tiny, [sequence, Tokens("short", torch.arange(9), torch.zeros(9, dtype=torch.bool))], 2)
     (learning, memory), step = probe_step(module, trainer(), batch, torch.device("cpu"))
     assert (learning.status, memory.status) == ("ok", "ok")
-    assert "on 38 rows" in learning.message
+    assert "on 38 loss positions" in learning.message
     assert step.num_tokens == 80
     assert 0 < step.peak_bytes < step.available_bytes
     finding = estimate_time(step, num_steps=60, tokens_a_step=40.0, num_tokens=6000, speed=100.0)
@@ -50,7 +50,7 @@ def test_a_probe_step_measures_and_finds_no_fault(tiny, module, sequence):
     assert f"{step.seconds / 2:.1f} of training in 60 steps" in finding.message
 
 
-def test_a_probe_step_names_what_learns_nothing_or_overflows(tiny, module, sequence, monkeypatch):
+def test_probe_step_names_missing_gradients_and_overflows(tiny, module, sequence, monkeypatch):
     empty = Tokens("empty", sequence.input_ids, torch.zeros(40, dtype=torch.bool))
     (finding, _), _ = probe_step(module, trainer(), longest_batch(tiny, [empty], 1), torch.device("cpu"))
     assert finding.status == "error"
@@ -70,7 +70,7 @@ def test_a_probe_step_names_what_learns_nothing_or_overflows(tiny, module, seque
     assert "1 sequences of 40 tokens" in finding.message
 
 
-def test_disk_is_compared_with_what_is_free(tiny, tmp_path, monkeypatch):
+def test_size_is_compared_with_free_disk_space(tiny, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1e9))
     bytes_a_token = 64 * 4 + 9
@@ -88,15 +88,15 @@ def test_only_cycles_within_the_answer_are_counted():
     assert accepted(traced(2, 1)) == (0, 0)
 
 
-def test_one_conversation_is_learned_saved_and_accepted_again(tiny, module, tmp_path):
+def test_one_conversation_is_overfitted_saved_and_accepted_again(tiny, module, tmp_path):
     module.token_ids = torch.arange(0, 259, 2)  # half of the vocabulary: the answer's tokens are added
     findings = check_overfit(tiny, module, QUESTIONS, tmp_path)
     assert [(f.check, f.status) for f in findings] == [("overfit", "ok"), ("reload", "ok")]
-    kept, offered = findings[0].message.split("conversation ")[1].split(" drafted")[0].split(" of ")
+    kept, offered = findings[0].message.split("conversation ")[1].split(" draft tokens")[0].split(" of ")
     assert int(kept) == int(offered) > 0
 
 
-def test_a_loss_that_teaches_nothing_is_named(tiny, module, tmp_path):
+def test_loss_without_effect_is_named(tiny, module, tmp_path):
     module.loss = DraftLoss({"feature": FeatureRegression(1e-30)})
     (finding,) = check_overfit(tiny, module, QUESTIONS, tmp_path, max_steps=20)
     assert (finding.check, finding.status) == ("overfit", "error")
@@ -115,11 +115,11 @@ def test_a_tensor_lost_between_saving_and_reading_is_named(tiny, module, tmp_pat
     assert [(f.check, f.status) for f in findings] == [("overfit", "ok"), ("reload", "error")]
 
 
-def test_a_head_that_the_gate_refuses_is_named(tiny, module, tmp_path, monkeypatch):
+def test_head_that_the_export_checks_refuse_is_named(tiny, module, tmp_path, monkeypatch):
     def refuse(*_):
         raise ValueError("the exported head computes other logits than the trained one")
 
-    monkeypatch.setattr("hass_lightning.serving.gate.parity", refuse)
+    monkeypatch.setattr("hass_lightning.serving.export_checks.parity", refuse)
     findings = check_overfit(tiny, module, QUESTIONS, tmp_path)
     assert [(f.check, f.status) for f in findings] == [("overfit", "ok"), ("reload", "error")]
     assert "computes other logits" in findings[1].message

@@ -1,11 +1,13 @@
-"""Planted faults of template, mask and data (field.md §4, theme 7): the doctor names each."""
+"""Injected faults of template, loss mask and data: hass-doctor reports each."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 
 from hass_lightning.checks.data import (
     check_coverage,
+    check_cut_answers,
     check_duplicates,
     check_leakage,
     check_truncation,
@@ -19,6 +21,7 @@ from hass_lightning.checks.template import (
     check_rendered,
     preview,
 )
+from hass_lightning.data import spans
 from hass_lightning.data.tokens import encode_conversation
 from hass_lightning.types import Conversation, Message
 
@@ -29,7 +32,7 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
 def template(assistant, other="{{ message['content'] }}", end="<|im_end|>", begin=""):
-    """A ChatML template whose turns are written as given."""
+    """Return a ChatML template with the given turns."""
     return (
         f"{begin}{{% for message in messages %}}{HEADER}{{% if message['role'] == 'assistant' %}}{assistant}"
         f"{{% else %}}{other}{{% endif %}}{end}\n{{% endfor %}}{PROMPT}"
@@ -62,7 +65,7 @@ CHATS = [
 
 @pytest.fixture
 def with_template(tiny):
-    """(tokenizer with that template, survey of the chats)."""
+    """Return (tokenizer with that template, survey of the chats)."""
 
     def make(name, chats=CHATS):
         tokenizer = copy.deepcopy(tiny.tokenizer)
@@ -83,7 +86,7 @@ def everything(tokenizer, found):
     return {finding.check: finding for finding in findings}
 
 
-def test_a_right_template_is_left_in_peace(with_template):
+def test_correct_template_has_no_finding(with_template):
     assert {f.status for f in everything(*with_template("own")).values()} == {"ok"}
 
 
@@ -91,23 +94,40 @@ def test_a_right_template_is_left_in_peace(with_template):
     ("fault", "check", "status", "words"),
     [
         ("marks nothing", "mask_coverage", "error", ["0.0 %", "2 of 2 conversations have an empty mask"]),
-        ("marks questions", "mask_alignment", "error", ["2 of 2", "Whatistwoplustwo?", "It"]),
-        ("marks all", "mask_alignment", "error", ["2 of 2"]),
-        ("cuts reasoning", "mask_alignment", "error", ["1 of 2", "<think>"]),
+        ("marks questions", "template", "error", ["2 of 2", "leave out an answer"]),
+        ("marks all", "template", "error", ["2 of 2", "reach into another turn"]),
+        ("cuts reasoning", "template", "warning", ["1 of 2", "cuts or changes an answer"]),
         ("adds a preamble", "mask_alignment", "warning", ["more than the answers"]),
         ("another end of turn", "end_of_turn", "error", ["<|im_end|>"]),
         ("two bos", "bos", "error", ["<|endoftext|> twice"]),
         ("rewrites turns", "template", "error", ["rewrites earlier turns"]),
     ],
 )
-def test_a_planted_template_fault_is_named(with_template, fault, check, status, words):
+def test_template_fault_is_named(with_template, fault, check, status, words):
     finding = everything(*with_template(fault))[check]
     assert finding.status == status
     assert finding.cure
     assert [word for word in words if word not in finding.message] == [], finding.message
 
 
-def test_a_bos_that_the_template_forgets_is_named(with_template):
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("marks questions", ["2 of 2", "Whatistwoplustwo?", "It"]),
+        ("marks all", ["2 of 2"]),
+        ("cuts reasoning", ["1 of 2", "<think>"]),
+    ],
+)
+def test_the_doctor_finds_a_wrong_mask_by_itself(with_template, monkeypatch, fault, words):
+    """The encoder refuses these templates, too; the doctor must not depend on that."""
+    for check in ("_refuse_changed_answers", "_refuse_misplaced_tags"):
+        monkeypatch.setattr(spans, check, lambda *arguments: None)
+    finding = everything(*with_template(fault))["mask_alignment"]
+    assert finding.status == "error" and finding.cure
+    assert [word for word in words if word not in finding.message] == [], finding.message
+
+
+def test_template_without_bos_is_named(with_template):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer, found = with_template("own")
@@ -117,13 +137,13 @@ def test_a_bos_that_the_template_forgets_is_named(with_template):
     assert check_bos(tokenizer, found.encoded).status == "warning"
 
 
-def test_sparse_masks_are_warned_of(with_template):
+def test_sparse_loss_masks_give_a_warning(with_template):
     _, found = with_template("own", [chat("long " * 200, "Yes.")])
     finding = check_coverage(found)
     assert (finding.status, finding.message.split(" %")[0]) == ("warning", "0.4")
 
 
-def test_text_that_was_rendered_before_is_named(tiny):
+def test_text_with_template_markers_is_named(tiny):
     rendered = chat("<|im_start|>user\nHello there<|im_end|>", "[INST] well [/INST]", id="twice")
     finding = check_rendered(tiny.tokenizer, [*CHATS, rendered])
     assert finding.status == "error"
@@ -155,7 +175,15 @@ def test_copies_and_leaks_are_found_whatever_their_punctuation():
     assert "q7" in first.message
 
 
-def test_the_preview_colours_what_is_learned(with_template):
+def test_mostly_truncated_answers_are_found():
+    train = [replace(chat("Why?", f"Because {n}."), finished=n < 3) for n in range(20)]
+    found = check_cut_answers(train)
+    assert found.status == "warning"
+    assert "17 of 20" in found.message
+    assert check_cut_answers(train[:15]).status == "ok"
+
+
+def test_preview_colors_learned_tokens(with_template):
     tokenizer, found = with_template("own")
     text = preview(tokenizer, found.encoded[1][1])
     learned = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]

@@ -1,4 +1,4 @@
-"""Splits, batch order and noise: functions of (seed, epoch, index) alone."""
+"""Splits, batch order and noise depend only on (seed, epoch, index)."""
 
 import random
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hass_lightning.data.datamodule import FeatureDataModule, FeatureDataset, collate
+from hass_lightning.data.batches import FeatureDataset, collate
+from hass_lightning.data.datamodule import FeatureDataModule
 from hass_lightning.data.order import BatchOrder, split_validation
 from hass_lightning.types import Conversation, Message
 
@@ -115,7 +116,7 @@ def test_processes_share_the_same_global_batches(world_size):
 def test_similar_lengths_are_gathered():
     sampler = order(count=200, batch_size=8)
     spread = [max(sampler.lengths[i] for i in b) - min(sampler.lengths[i] for i in b) for b in sampler.epoch(0)]
-    assert sum(spread) / len(spread) < 60  # 300 / 16 a batch within a bucket, and the last bucket is smaller
+    assert sum(spread) / len(spread) < 60  # 300 / 16 per batch within a bucket, and the last bucket is smaller
 
 
 def test_too_few_conversations_name_the_key():
@@ -162,7 +163,7 @@ def test_noise_depends_on_seed_epoch_and_index_alone():
 
 
 def test_without_noise_the_features_are_not_there_twice():
-    """A copy would be pinned and sent to a GPU a second time."""
+    """A copy would be pinned and copied to a GPU a second time."""
     rows = [FeatureDataset(Store())[(0, index)] for index in range(3)]
     assert collate(rows)[1] is None
     row = FeatureDataset(Store(), 0.1)[(0, 1)]
@@ -219,7 +220,7 @@ def test_one_process_and_two_see_the_same_sequences(tiny, tmp_path):
     assert {len(batches) for batches in validation} == {2}  # under ZeRO-3 every forward is a step of all
     drawn = [batch for half in validation for batch in half]
     seen = [id for batch in drawn for id, mask in zip(batch.ids, batch.loss_mask, strict=True) if mask.any()]
-    assert sum(len(batch.ids) for batch in drawn) == 6  # one fills, and counts nowhere
+    assert sum(len(batch.ids) for batch in drawn) == 6  # one is padding and is not counted
     assert sorted(seen) == sorted(id for batch, _ in whole.val_dataloader() for id in batch.ids)
     assert len(seen) == 5
 

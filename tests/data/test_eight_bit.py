@@ -1,4 +1,4 @@
-"""The 8-bit cache: half a scale of error, the bytes it says, and a report that would show a bad one."""
+"""The 8-bit cache: an error of half a scale, the stated size, and a report that would show a bad cache."""
 
 import json
 import logging
@@ -69,4 +69,4 @@ def test_runs_on_features_in_eight_bits_and_in_full_have_other_keys(tiny, tmp_pa
         keys.append(write_feature_manifest(tmp_path / "features.json", tiny, (tokens, tokens), (store, store)))
     assert keys[0]["train"] != keys[1]["train"]
     online = write_feature_manifest(tmp_path / "features.json", tiny, (tokens, tokens), (None, None))
-    assert online == keys[0]  # the same numbers, wherever they lie
+    assert online == keys[0]  # the same numbers, wherever they are stored

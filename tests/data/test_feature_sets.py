@@ -1,4 +1,4 @@
-"""hass-prepare cache=list|prune: what is listed, what goes, what stays."""
+"""hass-prepare cache=list|prune: which feature sets are listed and which are deleted."""
 
 import json
 import os
@@ -42,4 +42,4 @@ def test_the_command_lists_and_prunes(root, call_command):
     assert [each["name"] for each in listed["feature_sets"]] == ["old", "middle", "new"]
     pruned = json.loads(call_command("prepare", *words, "cache=prune").out.splitlines()[-1])
     assert [each["name"] for each in pruned["removed"]] == ["old"]
-    assert "cache=lsit is neither list nor prune" in call_command("prepare", *words, "cache=lsit").err
+    assert "cache=lsit must be list or prune" in call_command("prepare", *words, "cache=lsit").err

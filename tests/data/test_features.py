@@ -1,4 +1,4 @@
-"""Feature shards: what is in them, when they are reused, and what happens when something breaks."""
+"""Feature shards: their content, when they are reused, and what happens if something fails."""
 
 import errno
 import json
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from hass_lightning.data import features as module
+from hass_lightning.data import shards
 from hass_lightning.data.features import bytes_per_token, extract_features, feature_key
 from hass_lightning.types import Tokens
 
@@ -35,7 +36,7 @@ def tokens():
 
 @pytest.fixture
 def extract(tiny, tokens, tmp_path):
-    """Extraction in small pieces to a folder of the test's own; counts the shards that are computed."""
+    """Extraction in small shards to a folder of the test. Counts the shards that are computed."""
 
     def run(**options):
         return extract_features(tiny, tokens, tmp_path, **{"shard_size": 2, "batch_tokens": 40} | options)
@@ -45,7 +46,7 @@ def extract(tiny, tokens, tmp_path):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """The sizes of the shards that were computed (not found)."""
+    """The sizes of the shards that were computed and not found."""
     sizes, original = [], module._extract_shard
 
     def counting(target, shard, *rest):
@@ -75,7 +76,7 @@ def test_target_ids_are_the_argmax_where_a_row_asks_and_minus_one_elsewhere(extr
         row = store.read(index)
         best = tiny.head.logits(row["features"]).argmax(-1)
         for t in range(len(each)):
-            wanted = t > 0 and bool(each.loss_mask[t - 1])  # row t-1 is compared with feature t
+            wanted = t > 0 and bool(each.loss_mask[t - 1])  # position t-1 is compared with feature t
             assert row["target_ids"][t] == (best[t] if wanted else -1)
 
 
@@ -112,7 +113,7 @@ def test_the_key_follows_target_tokens_masks_and_order(tiny, tokens):
     }
     assert len(keys) == 7
     changed = tiny.in_dtype(torch.float32)
-    changed.fingerprint = "another target"
+    changed.weights_fingerprint = "another target"
     assert feature_key(changed, tokens, 2) not in keys
 
 
@@ -136,7 +137,7 @@ DAMAGES = {
 def test_only_the_damaged_shard_is_made_again_and_named(extract, computed, caplog, damage):
     before = extract()
     rows = [before.read(index)["features"].clone() for index in range(len(before))]
-    module._opened.cache_clear()  # a mapped file that shrinks would end this process
+    shards.open_shard.cache_clear()  # a mapped file that shrinks would end this process
     path = before.folder / "shard-00003.safetensors"
     good = path.read_bytes()
     DAMAGES[damage](path)
@@ -154,8 +155,8 @@ def test_only_the_damaged_shard_is_made_again_and_named(extract, computed, caplo
 def test_an_unchanged_shard_is_read_once_for_its_checksum(extract, monkeypatch):
     extract()
     hashed = []
-    original = module.sha256_file
-    monkeypatch.setattr(module, "sha256_file", lambda path: hashed.append(path.name) or original(path))
+    original = shards.sha256_file
+    monkeypatch.setattr(shards, "sha256_file", lambda path: hashed.append(path.name) or original(path))
     extract()
     extract()
     assert len(hashed) == len(set(hashed)) > 1
@@ -165,7 +166,7 @@ def test_an_unchanged_shard_is_read_once_for_its_checksum(extract, monkeypatch):
 
 
 def test_a_killed_extraction_goes_on_at_the_next_shard(extract, computed, tmp_path, monkeypatch):
-    original, written = module._write_shard, []
+    original, written = module.write_shard, []
 
     def killed(folder, number, tensors, note):
         if number == 2:
@@ -174,10 +175,10 @@ def test_a_killed_extraction_goes_on_at_the_next_shard(extract, computed, tmp_pa
         original(folder, number, tensors, note)
         written.append(number)
 
-    monkeypatch.setattr(module, "_write_shard", killed)
+    monkeypatch.setattr(module, "write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         extract()
-    monkeypatch.setattr(module, "_write_shard", original)
+    monkeypatch.setattr(module, "write_shard", original)
     computed.clear()
     store = extract()
     assert written == [0, 1]
@@ -208,7 +209,7 @@ def test_the_bytes_it_announces_are_those_on_disk(extract, tiny):
     "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("IoError: no space")]
 )
 def test_a_disk_that_fills_up_is_one_sentence_and_finished_shards_stay(extract, computed, monkeypatch, error):
-    original = module.save_file
+    original = shards.save_file
 
     def full(tensors, path):
         if "shard-00002" in str(path):
@@ -216,10 +217,10 @@ def test_a_disk_that_fills_up_is_one_sentence_and_finished_shards_stay(extract, 
             raise error
         original(tensors, path)
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(ValueError, match=r"shard-00002.*could not be written.*paths\.cache_dir"):
         extract()
-    monkeypatch.setattr(module, "save_file", original)
+    monkeypatch.setattr(shards, "save_file", original)
     computed.clear()
     store = extract()
     assert computed == [2, 1]
@@ -243,13 +244,13 @@ def _extract_in_a_process(folder, cache, queue):
     import os
 
     os.environ["HASS_LIGHTNING_CACHE"] = cache
-    from hass_lightning.target import TargetModel
-    from hass_lightning.target.tiny import tiny_llama
+    from hass_lightning.target_model import TargetModel
+    from hass_lightning.target_model.tiny import tiny_llama
 
     torch.set_num_threads(1)
     target = TargetModel.load(tiny_llama(), "tiny", dtype="float32")
-    made, original = [], module._write_shard
-    module._write_shard = lambda folder, number, *rest: (made.append(number), original(folder, number, *rest))
+    made, original = [], module.write_shard
+    module.write_shard = lambda folder, number, *rest: (made.append(number), original(folder, number, *rest))
     tokens = [sequence(number, length) for number, length in enumerate(LENGTHS)]
     extract_features(target, tokens, folder, shard_size=1)
     queue.put(made)

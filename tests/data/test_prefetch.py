@@ -1,4 +1,4 @@
-"""Reading ahead: the same batches, before they are asked for; errors and early ends leave no thread behind."""
+"""Prefetching: the same batches, ahead of time. Errors and early ends leave no thread behind."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from hass_lightning.data.prefetch import PrefetchingLoader
 
 
 class Source:
-    """Numbers; `read` tells how far it got."""
+    """Numbers. `read` counts those that were read."""
 
     def __init__(self, broken_at=None):
         self.read, self.broken_at, self.reached = [], broken_at, threading.Event()
@@ -44,7 +44,7 @@ def test_the_next_batches_are_read_while_the_first_is_used():
     source = Source()
     batches = iter(loader(source, 2))
     assert next(batches).tolist() == [0, 1]
-    assert source.reached.wait(10)  # 2 more batches without being asked for
+    assert source.reached.wait(10)  # 2 more batches than requested
     batches.close()
     assert not running()
 
@@ -56,7 +56,7 @@ def test_what_the_reader_waits_for_is_counted(ahead, monkeypatch):
     batches = loader(source, ahead)
     assert batches.waited_seconds == 0
     assert len(list(batches)) == 6
-    assert batches.waited_seconds >= 0.05  # a reader that does nothing waits for nearly all of 12 reads
+    assert batches.waited_seconds >= 0.05  # a consumer without work waits for nearly all of 12 reads
 
 
 def test_an_error_reaches_the_reader():

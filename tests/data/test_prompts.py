@@ -1,4 +1,4 @@
-"""Conversations from both shapes; everything else is skipped and counted, never guessed at."""
+"""Conversations in both formats. Everything else is skipped and counted."""
 
 import gzip
 import json
@@ -6,14 +6,9 @@ import logging
 
 import pytest
 
-from hass_lightning.data.prompts import (
-    HubDataset,
-    JsonLines,
-    SkippedConversation,
-    parse_all,
-    parse_conversation,
-    read_json_lines,
-)
+from hass_lightning.data.prompts import HubDataset, JsonLines, parse_all, parse_conversation
+from hass_lightning.data.records import read_json_lines
+from hass_lightning.data.skipped import SkippedConversation
 from hass_lightning.types import Conversation, Message
 
 
@@ -23,6 +18,10 @@ def openai(*turns, **more):
 
 def sharegpt(*turns, **more):
     return {"conversations": [{"from": role, "value": content} for role, content in turns]} | more
+
+
+def placed(records):
+    return [(f"line {number}", record) for number, record in enumerate(records, start=1)]
 
 
 GOOD = openai(("user", "a"), ("assistant", "b"))
@@ -54,7 +53,9 @@ SKIPPED = [
     (openai(("user", "")), "an empty message"),
     (openai(("user", " \n")), "an empty message"),
     (openai(("user", None)), "an empty message"),
-    (openai(("user", [{"type": "text", "text": "x"}])), "an empty message"),
+    (openai(("user", [])), "an empty message"),
+    (openai(("user", {"text": "x"})), "a message that is not text"),
+    (openai(("user", [{"type": "image_url"}])), "a message with a part that is not text ('image_url')"),
     (openai(("user", "a"), ("system", "s"), ("assistant", "b")), "a system message after the first"),
     (openai(("assistant", "a"), ("user", "b")), "roles out of order"),
     (openai(("user", "a"), ("user", "b")), "roles out of order"),
@@ -99,7 +100,8 @@ def test_tool_calls_and_their_results_stand_between_assistant_turns(arguments):
     messages = parse_conversation(with_call(arguments, *turns), "x").messages
     assert [message.role for message in messages] == ["user", "assistant", *(role for role, _ in turns)]
     assert messages[1].content == ""
-    assert messages[1].tool_calls == ({"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}},)
+    function = {"name": "add", "arguments": {"a": 2, "b": 3}}
+    assert messages[1].tool_calls == ({"id": "1", "type": "function", "function": function},)
     conversation = parse_conversation(with_call(arguments, *turns), "x")
     assert [m.role for m in conversation.without_answers().messages] == ["user", "user"]
 
@@ -114,7 +116,7 @@ def test_what_is_no_conversation_is_skipped_with_its_reason(record, reason):
 def test_the_summary_counts_every_reason(caplog):
     records = [GOOD, *(record for record, _ in SKIPPED), GOOD]
     with caplog.at_level(logging.WARNING):
-        kept = parse_all(records, "file.jsonl")
+        kept = parse_all(placed(records), "file.jsonl")
     assert [conversation.id for conversation in kept] == ["file.jsonl:0", f"file.jsonl:{len(records) - 1}"]
     (line,) = caplog.messages
     assert "kept 2 conversations" in line
@@ -124,7 +126,7 @@ def test_the_summary_counts_every_reason(caplog):
 
 def test_nothing_usable_is_an_error_that_names_the_file_and_the_reasons():
     with pytest.raises(ValueError, match=r"file\.jsonl.*unknown role 'alien'.*messages"):
-        parse_all([openai(("alien", "x"))], "file.jsonl")
+        parse_all(placed([openai(("alien", "x"))]), "file.jsonl")
     with pytest.raises(ValueError, match=r"file\.jsonl.*it is empty"):
         parse_all([], "file.jsonl")
 
@@ -172,7 +174,7 @@ def test_a_hub_data_set_out_of_reach_says_so_at_once():
 
 def test_a_hub_data_set_of_an_earlier_run_needs_no_hub(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # given back after the test
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # restored after the test
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(GOOD | {"id": str(n)}) + "\n" for n in range(3)))
     datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path))

@@ -1,11 +1,11 @@
-"""Loss masks on the rows of hass.md §4.4: T_s-1 … T_e-1 for an answer at tokens T_s … T_e, its end token left out."""
+"""Loss masks (docs/method.md, Loss positions): T_s-1 … T_e-1 for an answer at tokens T_s … T_e, end token excluded."""
 
 import copy
 import logging
 
 import pytest
 
-from hass_lightning.data.prompts import SkippedConversation
+from hass_lightning.data.skipped import SkippedConversation
 from hass_lightning.data.tokens import encode_all, encode_conversation, encode_prompt
 from hass_lightning.types import Conversation, Message
 
@@ -63,7 +63,7 @@ def test_rows_are_those_of_the_derivation(tokenizer, tiny, case):
     ids, mask = expected_rows(tokenizer, case)
     assert tokens.input_ids.tolist() == ids
     assert tokens.loss_mask.tolist() == mask
-    # decoded: row t is fed token t+1 (the answer), and is asked for token t+2 (the answer's rest and its end)
+    # decoded: position t reads token t+1 (the answer) and predicts token t+2 (the rest of the answer and its end)
     fed = tokenizer.decode(tokens.input_ids.roll(-1)[tokens.loss_mask])
     answers = [message.content for message in case.messages if message.role == "assistant"]
     assert fed == "".join(answers)
@@ -87,7 +87,7 @@ def test_markers_inside_a_message_mark_nothing_of_a_question(tokenizer, tiny):
 
 
 def test_an_answer_with_markers_is_marked_up_to_the_first_or_skipped(tokenizer, tiny):
-    """Its own end token inside an answer: everything marked must be of the answer, and no end token is fed."""
+    """An answer with an end token in its text: only tokens of the answer are in the loss, and no end token is."""
     case = conversation(("user", "q"), ("assistant", f"yes{MARKERS}"))
     tokens = encode_conversation(tokenizer, case, 1000, tiny.eos_token_ids)
     fed = tokens.input_ids.roll(-1)[tokens.loss_mask].tolist()

@@ -1,4 +1,4 @@
-"""Tiny targets, draft heads that are never, always or sometimes right, and an enumerator of random outcomes."""
+"""Tiny targets, draft heads that are never, always or sometimes right, and enumeration of random outcomes."""
 
 from collections import defaultdict
 from itertools import pairwise
@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hass_lightning.draft import EagleDraft, draft_config
-from hass_lightning.target import TargetModel
+from hass_lightning.draft import Eagle3Draft, EagleDraft, draft_config
+from hass_lightning.target_model import TargetModel
 
 
 def make_target(
     vocab=31, layers=2, hidden=32, dtype=torch.float32, seed=0, eos=None, max_length=128, scale=3.0, sharp=1.0
 ) -> TargetModel:
-    """A random Llama whose weights are large enough for distinct, varied texts; `sharp` scales its logits."""
+    """Create a random Llama with weights large enough for varied texts; `sharp` scales its logits."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
@@ -33,9 +33,19 @@ def make_draft(target, seed=1) -> EagleDraft:
     return EagleDraft(draft_config(target.config)).eval().to(target.dtype)
 
 
+def make_eagle3(target, seed=1, vocab_size=None) -> Eagle3Draft:
+    """An EAGLE-3 head that reads all layers of `make_target`; weights as large as those of the target."""
+    torch.manual_seed(seed)
+    draft = Eagle3Draft.from_target(target.config, vocab_size=vocab_size)
+    for parameter in draft.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= 3
+    return draft.eval().to(target.dtype)
+
+
 @torch.inference_mode()
 def greedy_text(target, prompt, count, stop=frozenset()):
-    """The reference: the whole sequence through the model again for each token, no cache, none of our code."""
+    """Reference implementation of greedy decoding: the whole sequence through the model for each token, no cache."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(target.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
@@ -45,7 +55,7 @@ def greedy_text(target, prompt, count, stop=frozenset()):
 
 
 class OneHotVocabulary:
-    """Reads a token's score straight from the feature: lets a stub say which tokens it proposes."""
+    """Reads the score of a token directly from the feature, so that a stub can choose its draft tokens."""
 
     token_ids = None
 
@@ -55,7 +65,7 @@ class OneHotVocabulary:
     def __len__(self):
         return self.size
 
-    def logits(self, features):
+    def logits(self, features, decoding=True):
         return 50 * features[..., : self.size]
 
     def to_token_ids(self, indices):
@@ -63,7 +73,7 @@ class OneHotVocabulary:
 
 
 class KnowingDraft(EagleDraft):
-    """Knows the greedy text: right at a position p of the sequence where `right(p)`, else off by one token."""
+    """Knows the greedy text: correct at position p of the sequence if `right(p)`, else off by one token."""
 
     def __init__(self, target, text, right):
         super().__init__(draft_config(target.config))
@@ -77,14 +87,14 @@ class KnowingDraft(EagleDraft):
             positions = torch.arange(cache.length, cache.length + embeddings.shape[1])[None]
         out = torch.zeros_like(features)
         for column, position in enumerate(positions[0].tolist()):
-            after = position + 2  # row t reads token t+1 and proposes token t+2
+            after = position + 2  # position t reads token t+1 and predicts token t+2
             token = self.text[after] if after < len(self.text) else 0
             out[0, column, token if self.right(after) else (token + 1) % self.vocab] = 1
         return out
 
 
 class BigramDraft(EagleDraft):
-    """Proposes `table[token]`, whatever came before: right now and then; works for trees and ragged batches."""
+    """Proposes `table[token]` in any context, which is sometimes correct; works for trees and ragged batches."""
 
     def __init__(self, target, table):
         super().__init__(draft_config(target.config))
@@ -97,7 +107,7 @@ class BigramDraft(EagleDraft):
 
 
 def bigram_table(target, prompts, count=60):
-    """The most frequent next token of each token, in the target's own greedy texts."""
+    """Return the most frequent next token of each token in greedy texts of the target."""
     counts = torch.zeros(target.head.vocab_size, target.head.vocab_size)
     for prompt in prompts:
         text = [*prompt, *greedy_text(target, prompt, count)]
@@ -107,7 +117,7 @@ def bigram_table(target, prompts, count=60):
 
 
 class Enumerator:
-    """Replaces the two random events of sampling.py and walks through all their outcomes, with exact probabilities."""
+    """Replaces the two random functions of sampling.py and enumerates all outcomes with exact probabilities."""
 
     def __init__(self, monkeypatch):
         monkeypatch.setattr("hass_lightning.decoding.sampling.bernoulli", self.bernoulli)
@@ -115,7 +125,7 @@ class Enumerator:
         self.prefix: list[int] = []
 
     def _choose(self, weights: list[float]) -> int:
-        """Take the outcome that the prefix names, or the first possible one, and note how many there are."""
+        """Choose the outcome given by the prefix, or the first possible one, and record how many there are."""
         possible = [index for index, weight in enumerate(weights) if weight > 0]
         if len(possible) == 1:
             return possible[0]
@@ -136,7 +146,7 @@ class Enumerator:
         return torch.tensor([self._choose(row) for row in rows.tolist()]).reshape(weights.shape[:-1])
 
     def distribution(self, function) -> dict:
-        """{result: probability} of a function of random events; the probabilities sum to 1."""
+        """Return {result: probability} of a function with random draws; the probabilities sum to 1."""
         found: dict = defaultdict(float)
         self.prefix = []
         while True:

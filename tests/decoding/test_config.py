@@ -1,4 +1,4 @@
-"""Every YAML in conf/decoding builds a decoder of its own name with the class defaults, and teaches each key."""
+"""Every YAML in conf/decoding builds the decoder of its name with the class defaults and explains each key."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-import hass_lightning.cli  # noqa: F401 (registers the resolvers)
-from hass_lightning.decoding import DynamicTree
+import hass_lightning.runs.config  # noqa: F401 (registers the resolvers)
+from hass_lightning.decoding import DynamicTree, Hybrid
 
 FOLDER = Path(__file__).parents[2] / "conf" / "decoding"
-NAMES = ["autoregressive", "chain", "draft_model", "dynamic_tree", "prompt_lookup", "static_tree"]
+NAMES = ["autoregressive", "chain", "draft_model", "dynamic_tree", "hybrid", "prompt_lookup", "static_tree"]
 
 
-def test_all_are_there():
+def test_every_decoder_has_a_config():
     assert set(NAMES) <= {path.stem for path in FOLDER.glob("*.yaml")}
 
 
@@ -22,8 +22,10 @@ def test_yaml_builds_its_decoder(name):
     config = OmegaConf.load(FOLDER / f"{name}.yaml")
     decoder = instantiate(config)
     assert decoder.name == name
-    if name == "dynamic_tree":  # its size follows the machine
+    if name == "dynamic_tree":  # its size depends on the machine
         assert decoder in (DynamicTree(16, 4, 4), DynamicTree(8, 3, 3))
+    elif name == "hybrid":
+        assert decoder in (Hybrid(16, 3, 4), Hybrid(8, 2, 4))
     else:
         assert decoder == type(decoder)()
     assert decoder.acceptance == {"autoregressive": "none", "draft_model": "sampled", "chain": "sampled"}.get(

@@ -1,4 +1,4 @@
-"""Temperature 0: every decoder and every tree writes the target's own greedy text; stubs fix the accepted counts."""
+"""Temperature 0: every decoder is lossless; stub heads give known accepted counts."""
 
 import random
 
@@ -20,6 +20,7 @@ from hass_lightning.decoding import (
     DecodingModels,
     DraftModel,
     DynamicTree,
+    Hybrid,
     PromptLookup,
     StaticTree,
 )
@@ -37,6 +38,9 @@ DECODERS = [
     StaticTree(),
     DynamicTree(),
     DynamicTree(num_nodes=2, depth=1, width=1),
+    Hybrid(),
+    Hybrid(num_nodes=2, depth=1, width=1, max_ngram=1),
+    Hybrid(num_nodes=30, depth=2, width=5, max_ngram=6),
 ]
 PROMPTS = [[3, 1, 4, 1, 5], [2], [7, 8, 9, 7, 8, 9, 7, 8]]
 
@@ -57,19 +61,19 @@ def texts(models):
 
 
 @pytest.mark.parametrize("decoder", DECODERS, ids=name)
-def test_text_is_the_target_s(decoder, models, texts):
+def test_output_equals_autoregressive_decoding(decoder, models, texts):
     for prompt, text in zip(PROMPTS, texts, strict=True):
         result = decoder.generate(models, prompt, 24)
         assert result.token_ids == text
         assert len(result.accepted) == len(result.drafted) == len(result.nodes) == len(result.proposals)
-        # the first token is the prefill's; each cycle adds its accepted tokens and one more, the last may be cut
+        # the prefill gives the first token; each cycle adds its accepted tokens and one more, truncated in the last
         added = sum(result.accepted) + len(result.accepted)
         assert added - result.accepted[-1] <= len(text) - 1 <= added
         assert set(result.seconds) == {"prefill", "draft", "verify", "bookkeeping"}
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_text_for_random_trees_and_pruned_vocabularies(seed, models, texts):
+def test_random_trees_and_pruned_vocabularies_are_lossless(seed, models, texts):
     rng = random.Random(seed)
     kept = torch.tensor(sorted(rng.sample(range(11), rng.randint(5, 11))))
     pruned = DecodingModels(models.target, models.draft, models.target.head.draft_vocabulary(kept))
@@ -80,11 +84,12 @@ def test_text_for_random_trees_and_pruned_vocabularies(seed, models, texts):
         child = [*rng.choice(paths), rng.randrange(len(kept))]
         if child not in paths:
             paths.append(child)
-    for decoder in (DynamicTree(num_nodes, depth, width), StaticTree(paths[1:])):
+    hybrid = Hybrid(num_nodes, depth, width, rng.randint(1, 4))
+    for decoder in (DynamicTree(num_nodes, depth, width), StaticTree(paths[1:]), hybrid):
         for prompt, text in zip(PROMPTS, texts, strict=True):
             result = decoder.generate(pruned, prompt, 15)
             assert result.token_ids == text[:15], decoder
-            assert set(result.nodes) == {num_nodes - 1 if isinstance(decoder, DynamicTree) else len(paths) - 1}
+            assert set(result.nodes) == {len(paths) - 1 if isinstance(decoder, StaticTree) else num_nodes - 1}
 
 
 def test_fp32(texts):
@@ -100,7 +105,7 @@ def knowing(target, prompt, right, count=40):
 
 
 @pytest.mark.parametrize("decoder", [Chain(depth=3), DynamicTree(4, 3, 1), StaticTree([[0], [0, 0], [0, 0, 0]])])
-def test_drafts_that_are_never_always_sometimes_right(decoder):
+def test_accepted_counts_of_drafts_that_are_never_always_or_sometimes_right(decoder):
     target, prompt = make_target(vocab=31), [3, 1, 4, 1, 5]
     text = greedy_text(target, prompt, 17)
 
@@ -117,13 +122,13 @@ def test_drafts_that_are_never_always_sometimes_right(decoder):
     assert len(sometimes.accepted) == 5
 
 
-def test_last_cycle_is_counted_as_verified_not_as_cut():
+def test_accepted_count_of_the_last_cycle_is_not_truncated():
     target, prompt = make_target(vocab=31), [3, 1, 4, 1, 5]
     result = Chain(depth=3).generate(knowing(target, prompt, lambda _: True), prompt, 3)
     assert len(result.token_ids) == 3 and result.accepted == [3]
 
 
-def test_width_one_tree_is_the_chain(models):
+def test_tree_of_width_one_equals_the_chain(models):
     chain = Chain(depth=4, proposals="deterministic")
     for other in (DynamicTree(num_nodes=5, depth=4, width=1), StaticTree([[0] * depth for depth in range(1, 5)])):
         for sampling in (Sampling(), Sampling(1.0), Sampling(0.7, top_p=0.9)):
@@ -136,7 +141,7 @@ def test_width_one_tree_is_the_chain(models):
             assert results[0].proposals == results[1].proposals
 
 
-def test_small_model_that_is_the_target_is_always_right():
+def test_target_as_small_model_is_always_accepted():
     target = make_target(dtype=torch.float64)
     result = DraftModel(depth=4).generate(DecodingModels(target, small=target), [1, 2, 3], 26)
     assert result.accepted == [4] * 5
@@ -146,7 +151,7 @@ def test_small_model_that_is_the_target_is_always_right():
     assert sampled.accepted == [4] * 5  # p = q: min(1, p/q) = 1
 
 
-def test_lookup_copies_what_followed():
+def test_prompt_lookup_copies_the_continuation():
     target = make_target()
     prompt = [5, 6, 7, 8, 9, 5, 6]
     text = greedy_text(target, prompt, 1)
@@ -162,7 +167,7 @@ def test_lookup_copies_what_followed():
     assert result.nodes[0] == len(expected) and text
 
 
-def test_gaps_of_the_greedy_choices(models, texts):
+def test_logit_gaps_of_greedy_decoding(models, texts):
     traced = DecodingModels(models.target, models.draft, trace=True)
     expected = []
     for length in range(len(texts[0])):
@@ -187,7 +192,7 @@ def bigrams():
 
 @pytest.mark.parametrize("decoder", [Autoregressive(), Chain(1), Chain(3), Chain(5)], ids=name)
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 30, 500])
-def test_batch_is_batch_one(decoder, max_new_tokens, bigrams):
+def test_batch_decoding_equals_batch_size_one(decoder, max_new_tokens, bigrams):
     together = decoder.generate_batch(bigrams, BATCH, max_new_tokens)
     for prompt, result in zip(BATCH, together, strict=True):
         alone = decoder.generate(bigrams, prompt, max_new_tokens)
@@ -196,9 +201,9 @@ def test_batch_is_batch_one(decoder, max_new_tokens, bigrams):
         assert result.proposals == alone.proposals
     if max_new_tokens == 500 and decoder == Chain(3):
         counts = {count for result in together for count in result.accepted}
-        assert len(counts) > 1  # ragged indeed
+        assert len(counts) > 1  # the batch is ragged
         lengths = [len(result.token_ids) for result in together]
-        assert lengths == [64 - len(prompt) for prompt in BATCH]  # the target's context
+        assert lengths == [64 - len(prompt) for prompt in BATCH]  # up to the target's context
 
 
 def test_batch_with_a_real_head_in_fp32():
@@ -210,7 +215,7 @@ def test_batch_with_a_real_head_in_fp32():
     assert [r.token_ids for r in together] == [greedy_text(target, p, 40) for p in prompts]
 
 
-def test_batch_stops_each_row_at_its_own_end(bigrams):
+def test_batch_stops_each_sequence_at_its_stop_token(bigrams):
     texts = [greedy_text(bigrams.target, prompt, 30) for prompt in BATCH]
     bigrams.target.eos_token_ids = frozenset({texts[0][7], texts[3][4]})
     try:

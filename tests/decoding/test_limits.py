@@ -1,4 +1,4 @@
-"""Where an answer ends, the same for all decoders; and what is refused, with the cure in the message."""
+"""End of answers for all decoders, and error messages for invalid settings and models."""
 
 from dataclasses import replace
 
@@ -12,18 +12,22 @@ from hass_lightning.decoding import (
     DecodingModels,
     DraftModel,
     DynamicTree,
+    Hybrid,
     PromptLookup,
     StaticTree,
 )
 
-DECODERS = [Autoregressive(), PromptLookup(), DraftModel(depth=6), Chain(depth=6), StaticTree(), DynamicTree(30, 6, 5)]
+DECODERS = [
+    Autoregressive(), PromptLookup(), DraftModel(depth=6), Chain(depth=6), StaticTree(), DynamicTree(30, 6, 5),
+    Hybrid(30, 6, 5),
+]  # fmt: skip
 PROMPT = [3, 1, 4, 1, 5]
 
 
 @pytest.fixture(scope="module")
 def models():
     target = make_target(vocab=11, dtype=torch.float64, max_length=48)
-    return DecodingModels(target, make_draft(target), small=target, trace=True)  # the small model is always right
+    return DecodingModels(target, make_draft(target), small=target, trace=True)  # the small model is always accepted
 
 
 @pytest.mark.parametrize("decoder", DECODERS, ids=lambda decoder: decoder.name)
@@ -43,17 +47,17 @@ class TestEveryDecoder:
         assert result.token_ids == greedy_text(models.target, PROMPT, max_new_tokens)
         assert len(result.logit_gaps) == max_new_tokens
         if max_new_tokens == 1:
-            assert result.accepted == []  # the prefill gave it all
+            assert result.accepted == []  # the only token comes from the prefill
 
-    def test_fills_the_context_and_no_more(self, decoder, models):
+    def test_stops_at_the_end_of_the_context(self, decoder, models):
         for length in (5, 40, 47):
             prompt = (PROMPT * 10)[:length]
             assert decoder.generate(models, prompt, 1000).token_ids == greedy_text(models.target, prompt, 48 - length)
 
-    def test_refuses_what_it_cannot_decode(self, decoder, models):
+    def test_refuses_invalid_prompts_and_limits(self, decoder, models):
         with pytest.raises(ValueError, match="empty"):
             decoder.generate(models, [], 5)
-        with pytest.raises(ValueError, match="48 in all"):
+        with pytest.raises(ValueError, match="48 in total"):
             decoder.generate(models, [1] * 48, 5)
         with pytest.raises(ValueError, match="max_new_tokens=0"):
             decoder.generate(models, PROMPT, 0)
@@ -76,9 +80,11 @@ class TestEveryDecoder:
         (lambda: DynamicTree(depth=0), r"decoding\.depth=0"),
         (lambda: DynamicTree(width=0), r"decoding\.width=0"),
         (lambda: DynamicTree(num_nodes=12, depth=2, width=2), r"decoding\.num_nodes=12 .* lower it to 7"),
+        (lambda: Hybrid(num_nodes=12, depth=2, width=2), r"decoding\.num_nodes=12 .* lower it to 7"),
+        (lambda: Hybrid(max_ngram=0), r"decoding\.max_ngram=0"),
     ],
 )
-def test_bad_settings_are_refused(build, message):
+def test_invalid_settings_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
@@ -95,10 +101,10 @@ def test_models_that_do_not_fit_are_refused(models):
         DraftModel().generate(replace(models, small=make_target(vocab=13)), PROMPT, 5)
     with pytest.raises(ValueError, match="hidden size 64"):
         Chain().generate(replace(models, draft=make_draft(make_target(hidden=64))), PROMPT, 5)
-    with pytest.raises(ValueError, match=r"float32.*float64.*cast it"):
+    with pytest.raises(ValueError, match=r"float32.*float64.*cast the head"):
         Chain().generate(replace(models, draft=make_draft(make_target())), PROMPT, 5)
     narrow = models.target.head.draft_vocabulary(torch.arange(3))
-    with pytest.raises(ValueError, match="offers 4 tokens after one, but the draft vocabulary has 3"):
+    with pytest.raises(ValueError, match="needs 4 draft tokens per node, but the draft vocabulary has 3"):
         DynamicTree().generate(replace(models, vocabulary=narrow), PROMPT, 5)
     with pytest.raises(ValueError, match="no prompts"):
         Chain().generate_batch(models, [], 5)

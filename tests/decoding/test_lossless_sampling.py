@@ -1,4 +1,4 @@
-"""Temperature > 0, whole answers: every decoder's distribution over texts is the target's.
+"""Temperature > 0, whole answers: the distribution over texts of every decoder equals the target's.
 
 Once exactly, by walking through all outcomes of the random events; once as sampled, over many seeds.
 """
@@ -17,6 +17,7 @@ from hass_lightning.decoding import (
     DecodingModels,
     DraftModel,
     DynamicTree,
+    Hybrid,
     PromptLookup,
     StaticTree,
 )
@@ -32,7 +33,10 @@ DECODERS = [
     Chain(depth=2, proposals="deterministic"),
     StaticTree([[0], [1], [0, 0]]),
     DynamicTree(num_nodes=4, depth=2, width=2),
+    Hybrid(num_nodes=4, depth=2, width=2, max_ngram=2),
 ]
+
+
 SAMPLINGS = [(Sampling(1.0), 2), (Sampling(1.5, top_p=0.9, top_k=2), 3)]
 
 
@@ -40,13 +44,13 @@ SAMPLINGS = [(Sampling(1.0), 2), (Sampling(1.5, top_p=0.9, top_k=2), 3)]
 def toy():
     target = make_target(4, layers=1, hidden=16, dtype=torch.float64, seed=2, sharp=6.0)
     small = make_target(4, layers=1, hidden=16, dtype=torch.float64, seed=8, sharp=6.0)
-    kept = torch.tensor([0, 1, 3])  # the draft head never proposes token 2
+    kept = torch.tensor([0, 1, 3])  # the draft head cannot propose token 2
     return DecodingModels(target, make_draft(target), target.head.draft_vocabulary(kept), small)
 
 
 @cache
 def analytic(sampling, length):
-    """{text: probability} by the model's logits and the processors of transformers."""
+    """Return {text: probability}, computed from the model's logits and the processors of transformers."""
 
     def grow(text, weight):
         if len(text) == length:
@@ -75,8 +79,8 @@ def test_exact_distribution_of_texts(decoder, sampling, length, monkeypatch):
     assert total_variation(found, analytic(sampling, length)) < 1e-9
 
 
-def test_a_fault_shows_in_the_texts(monkeypatch):
-    """The wiring test above has teeth: with the rejected token kept it fails."""
+def test_planted_fault_is_caught(monkeypatch):
+    """The test above fails if the rejected token stays in the residual."""
     monkeypatch.setattr(rules, "residual", lambda tree, p, last: p[last][0])
     decoder, (sampling, length) = Chain(depth=1), SAMPLINGS[0]
     found = Enumerator(monkeypatch).distribution(
@@ -85,12 +89,16 @@ def test_a_fault_shows_in_the_texts(monkeypatch):
     assert total_variation(found, analytic(sampling, length)) > 1e-3
 
 
-@pytest.mark.parametrize("decoder", [Chain(depth=2), DynamicTree(num_nodes=6, depth=2, width=3)], ids=["chain", "tree"])
+@pytest.mark.parametrize(
+    "decoder",
+    [Chain(depth=2), DynamicTree(num_nodes=6, depth=2, width=3), Hybrid(6, 2, 3)],
+    ids=["chain", "tree", "hybrid"],
+)
 def test_sampled_texts_pass_chi_square_over_seeds(decoder):
-    """20 seeds of 24 texts: each seed's chi-square is one p-value, and together they must look uniform."""
+    """20 seeds of 24 texts: each seed gives one p-value of a chi-square test, and these must be uniform."""
     sampling, length, count = Sampling(1.0), 2, 24
     expected = analytic(sampling, length)
-    # the rare texts share one cell, so that each cell expects enough of the texts
+    # rare texts share one cell, so that the expected count of each cell is large enough
     common = sorted(expected, key=expected.get)[-6:]
     masses = [expected[text] for text in common]
     masses.append(1 - sum(masses))
@@ -109,8 +117,8 @@ def test_sampled_texts_pass_chi_square_over_seeds(decoder):
 
 
 @pytest.mark.parametrize("decoder", DECODERS, ids=lambda decoder: f"{decoder.name}-{decoder.acceptance}")
-def test_the_generator_is_the_only_randomness(decoder):
-    texts = []
+def test_generator_is_the_only_source_of_randomness(decoder):
+    texts, _ = [], toy()  # built once, which uses the global generator
     for seed in (1, 1, 2):
         torch.manual_seed(len(texts))  # the global generator must not matter
         state = torch.get_rng_state()
@@ -120,8 +128,8 @@ def test_the_generator_is_the_only_randomness(decoder):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_the_processors_reach_every_token():
-    """Top-k 1 is greedy, whatever the temperature: no token escapes the processors."""
+def test_processors_apply_to_every_token():
+    """Top-k 1 is greedy at any temperature, which shows that every token is processed."""
     for decoder in DECODERS:
         greedy = decoder.generate(toy(), PROMPT, 30)
         sampled = decoder.generate(toy(), PROMPT, 30, Sampling(5.0, top_k=1), torch.Generator().manual_seed(0))

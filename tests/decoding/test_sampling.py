@@ -1,4 +1,4 @@
-"""Processors against transformers' own, and the two random events against the probabilities they stand for."""
+"""Processed distributions against transformers, and the two random functions against their probabilities."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from hass_lightning.types import Sampling
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.8])
 @pytest.mark.parametrize("top_k", [None, 1, 4, 50])
 @pytest.mark.parametrize("top_p", [0.05, 0.6, 0.95, 1.0])
-def test_processors_are_those_of_transformers(temperature, top_k, top_p):
+def test_processors_match_transformers(temperature, top_k, top_p):
     logits = torch.randn(6, 23, generator=torch.Generator().manual_seed(0)).double()
     expected = TemperatureLogitsWarper(temperature)(None, logits)
     if top_k is not None:
@@ -22,7 +22,7 @@ def test_processors_are_those_of_transformers(temperature, top_k, top_p):
     torch.testing.assert_close(found, expected.softmax(-1), atol=1e-12, rtol=0)
 
 
-def test_ties_do_not_widen_top_k():
+def test_top_k_with_ties_keeps_k_tokens():
     assert (draws.probabilities(torch.zeros(7), Sampling(1.0, top_k=3)) > 0).sum() == 3
 
 
@@ -30,7 +30,7 @@ def test_bf16_logits_are_processed_in_fp32():
     assert draws.probabilities(torch.zeros(3, dtype=torch.bfloat16), Sampling(1.0)).dtype == torch.float32
 
 
-def test_categorical_has_the_weights_frequencies(monkeypatch):
+def test_categorical_frequencies_match_the_weights(monkeypatch):
     weights = torch.tensor([0.0, 3.0, 0.0, 1.0, 4.0, 0.0])  # unnormalised, with zeros at both ends
     grid = (torch.arange(8000, dtype=torch.float64) + 0.5) / 8000
     monkeypatch.setattr(torch, "rand", lambda *_, **__: grid)
@@ -38,7 +38,7 @@ def test_categorical_has_the_weights_frequencies(monkeypatch):
     assert torch.bincount(drawn, minlength=6).tolist() == [0, 3000, 0, 1000, 4000, 0]
 
 
-def test_extreme_uniforms_hit_the_support(monkeypatch):
+def test_categorical_stays_in_the_support_at_extreme_uniforms(monkeypatch):
     weights = torch.tensor([[0.0, 0.3, 0.0, 0.1, 0.0]])
     for uniform, token in ((0.0, 1), (1 - 2**-53, 3)):
         monkeypatch.setattr(torch, "rand", lambda *_, u=uniform, **__: torch.tensor([u], dtype=torch.float64))
@@ -51,7 +51,7 @@ def test_bernoulli_at_the_edges():
     assert not drawn[:, 0].any() and drawn[:, 1].all()
 
 
-def test_best_takes_the_first_of_equals():
+def test_best_returns_the_first_of_equals():
     logits = torch.zeros(3, 50_000, dtype=torch.bfloat16)
     logits[1, [7, 40_000]] = 1
     assert draws.best(logits).tolist() == [0, 7, 0]

@@ -1,4 +1,4 @@
-"""Trees as tensors: closure under ancestors (ties included), masks, depths, and the plans of fixed trees."""
+"""Draft trees: closure under ancestors (including ties), masks, depths, and plans of fixed trees."""
 
 import pytest
 import torch
@@ -14,17 +14,17 @@ from hass_lightning.decoding.tree import (
 
 
 def random_candidates(seed, depth, width):
-    """Candidates as DynamicTreeProposer makes them; coarse scores give many ties, of child and parent, too."""
+    """Create candidates as DynamicTreeProposer does; coarse scores give many ties, also between child and parent."""
     generator = torch.Generator().manual_seed(seed)
     known = Candidates.build(depth, width)
 
-    def guesses(rows):
+    def draw_scores(rows):
         values = -torch.randint(0, 3, (rows, width), generator=generator).float() / 2
         return values.sort(descending=True).values
 
-    scores, parents, frontier = [guesses(1)[0]], [torch.full((width,), -1)], torch.arange(width)
+    scores, parents, frontier = [draw_scores(1)[0]], [torch.full((width,), -1)], torch.arange(width)
     for level in range(1, depth):
-        scores.append((scores[-1][frontier][:, None] + guesses(width)).flatten())
+        scores.append((scores[-1][frontier][:, None] + draw_scores(width)).flatten())
         parents.append((frontier + known.offsets[level - 1]).repeat_interleave(width))
         frontier = scores[-1].topk(width).indices
     return torch.cat(scores), torch.cat(parents), known.depths
@@ -39,7 +39,7 @@ def test_selection_is_closed_under_ancestors(seed):
         chosen, shape = select_nodes(scores, parents, depths, count, depth)
         kept = set(chosen.tolist())
         assert len(kept) == count
-        # the best `count` scores, whatever the ties
+        # the best `count` scores, for any order of ties
         assert torch.equal(scores[chosen].sort().values, scores.sort().values[-count:])
         for node, candidate in enumerate(chosen.tolist(), start=1):
             parent = int(parents[candidate])
@@ -67,9 +67,9 @@ def test_plan_of_a_fixed_tree():
     assert plan.shape.depths.tolist() == [0, 1, 1, 2, 2, 3]
     first, second, third = plan.levels
     assert (first.slots.tolist(), first.ranks.tolist(), first.width) == ([0, 0], [0, 1], 2)
-    # nodes 1 and 2 are run, each sees itself among the drafted rows
+    # nodes 1 and 2 are run; each attends to itself among the drafted tokens
     assert (second.source.tolist(), second.mask.tolist()) == ([0, 1], [[True, False], [False, True]])
     assert (second.slots.tolist(), second.ranks.tolist(), second.width) == ([0, 1], [0, 2], 3)
-    # only node 12 has a child: it sees node 2 and itself, not node 1
+    # only node 12 has a child; it attends to node 2 and itself, not to node 1
     assert (third.source.tolist(), third.mask.tolist()) == ([1], [[False, True, True]])
     assert (third.slots.tolist(), third.ranks.tolist(), third.width) == ([0], [0], 1)

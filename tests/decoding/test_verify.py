@@ -1,7 +1,7 @@
 """Temperature > 0: the acceptance rules are lossless. All outcomes of one cycle are enumerated on a toy vocabulary.
 
-A "target" is a table of distributions by context. What a cycle emits, continued with the target's own distributions
-to a fixed length, must be distributed as the target's text: exactly.
+The toy target is a table of distributions by context. The tokens of a cycle, continued with the target's distributions
+to a fixed length, must have exactly the distribution of the target's texts.
 """
 
 import random
@@ -22,13 +22,13 @@ SAMPLINGS = [Sampling(1.0), Sampling(1.7), Sampling(1.0, top_p=0.7), Sampling(1.
 
 
 def logits_after(seed, context):
-    """The toy target (or draft) after the root and `context`."""
+    """Return the logits of the toy target (or draft) after the root and `context`."""
     generator = torch.Generator().manual_seed(hash((seed, *context)) % 2**31)
     return 2 * torch.randn(V, generator=generator, dtype=torch.float64)
 
 
 def continuation(seed, sampling, length, context=()):
-    """{text: probability} of the target's texts of `length` tokens that begin with `context`."""
+    """Return {text: probability} for the target's texts of `length` tokens that start with `context`."""
     if len(context) >= length:
         return {context[:length]: 1.0}
     found = {}
@@ -40,14 +40,14 @@ def continuation(seed, sampling, length, context=()):
 
 
 def emitted(tree, contexts, seed, sampling):
-    """What one cycle emits: the accepted tokens and the one after them."""
+    """Return the tokens of one cycle: the accepted ones and the bonus token."""
     logits = torch.stack([logits_after(seed, context) for context in contexts])
     path, bonus = rules.verify(tree, logits, sampling, None)
     return (*tree.token_ids[path][1:].tolist(), int(bonus))
 
 
 def deterministic_cycle(paths, seed, sampling):
-    """A cycle on a fixed tree whose siblings hold distinct, arbitrary tokens."""
+    """Return a cycle on a fixed tree whose siblings are distinct, arbitrary tokens."""
     nodes = [(), *sorted(paths, key=lambda path: (len(path), path))]
     contexts = {(): ()}
     for path in nodes[1:]:
@@ -59,7 +59,7 @@ def deterministic_cycle(paths, seed, sampling):
 
 
 def sampled_cycle(depth, seed, sampling):
-    """A cycle on a chain drawn from a draft that has nothing to do with the target."""
+    """Return a cycle on a chain sampled from a draft that is unrelated to the target."""
     context, q = (), []
     for _ in range(depth):
         q.append(draws.probabilities(logits_after(seed + 1000, context), sampling))
@@ -70,7 +70,7 @@ def sampled_cycle(depth, seed, sampling):
 
 
 def error(enumerator, cycle, seed, sampling, length):
-    """Total variation between the cycle's text and the target's."""
+    """Return the total variation distance between the distributions of the cycle and the target."""
     found = {}
     for prefix, weight in enumerator.distribution(partial(cycle, seed, sampling)).items():
         for text, rest in continuation(seed, sampling, length, prefix).items():
@@ -111,13 +111,13 @@ def test_exact_distribution_of_random_trees(seed, monkeypatch):
     assert error(Enumerator(monkeypatch), cycle, seed, SAMPLINGS[seed % len(SAMPLINGS)], 4) < 1e-9
 
 
-def test_all_tokens_offered(monkeypatch):
-    """The children cover the whole support: one of them must be taken."""
+def test_children_that_cover_the_support(monkeypatch):
+    """If the children cover the whole support, one of them must be accepted."""
     cycle = partial(deterministic_cycle, [(rank,) for rank in range(V)])
     assert error(Enumerator(monkeypatch), cycle, 0, Sampling(1.0), 2) < 1e-9
 
 
-# Planted faults: each breaks one line of the rules, and each must show in the distribution.
+# Planted faults: each breaks one line of the rules and must change the distribution.
 
 
 def thresholds_without_renormalising(tree, p):
@@ -133,7 +133,7 @@ def residual_of_positive_q(tree, p, last):
 
 
 def verify_without_processor_on_the_bonus(tree, logits, sampling, generator):
-    """The official code's fault (hass.md §5.3): the bonus token after a full path is drawn at temperature 1."""
+    """The fault of the official code (docs/method.md): the bonus token after a full path has temperature 1."""
     p = draws.probabilities(logits, sampling)
     accepted = draws.bernoulli(rules.thresholds(tree, p), generator)
     path = rules.accepted_path(rules.first_sibling(accepted, tree.shape), tree.shape)
@@ -142,7 +142,7 @@ def verify_without_processor_on_the_bonus(tree, logits, sampling, generator):
 
 
 def any_sibling(accepted, shape):
-    """Two accepted siblings both count as taken, so that the deeper or later one wins."""
+    """Two accepted siblings both count as accepted, so that the deeper or later one wins."""
     return accepted
 
 
@@ -168,15 +168,15 @@ def test_planted_fault_is_caught(fault, monkeypatch):
     assert worst > 1e-3
 
 
-def test_rounding_never_leaves_a_dead_end():
-    """All of the support was offered and, by rounding, all of it rejected: any token of the target's will do."""
+def test_residual_is_never_empty_after_rounding():
+    """If rounding rejects the whole support, the bonus token is sampled from the target's distribution."""
     tree = DraftTree(torch.tensor([0, 1, 2]), StaticPlan.build(((0,), (1,))).shape)
     p = torch.tensor([[0, 0.4, 0.6, 0, 0]] * 3)
     assert torch.equal(rules.residual(tree, p, torch.tensor([0])), p[0])
     assert rules.thresholds(tree, p)[2] == pytest.approx(1)
 
 
-def test_greedy_takes_the_matching_path():
+def test_greedy_accepts_the_matching_path():
     tree = DraftTree(torch.tensor([9, 1, 2, 3, 4, 3]), StaticPlan.build(((0,), (1,), (0, 0), (1, 0), (1, 1))).shape)
     logits = torch.zeros(6, 10)
     for node, token in enumerate([2, 3, 3, 0, 0, 7]):

@@ -1,4 +1,4 @@
-"""HCA: the parallel training pass is the sequential decode path, for every depth and row (hass.md §2.6)."""
+"""HCA: the parallel training pass equals sequential decoding, for every depth and position (docs/method.md, HCA)."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def make_rows(batch=2, seed=1):
 
 
 def decode_path(draft, embeddings, features, row, depth):
-    """Cache from true features up to row-(depth-1), then depth-1 single rows that feed the head's own output."""
+    """Decode with target features up to row-(depth-1), then depth-1 single positions with predicted features."""
     cache = draft.new_cache(1, T)
     first = row - (depth - 1)
     output = draft(embeddings[:, : first + 1], features[:, : first + 1], cache)
@@ -50,21 +50,21 @@ def test_training_pass_equals_decode_path(depth):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
-def test_every_row_sees_each_position_once(depth):
+def test_every_position_attends_to_each_earlier_position_once(depth):
     seen = sum(visible(T, depth, band).int() for band in range(depth))
     expected = torch.ones(T, T).tril().int()
     assert torch.equal(seen, expected)
 
 
-def test_depth_one_is_the_ordinary_pass():
+def test_depth_one_equals_ordinary_attention():
     draft = make_draft()
     embeddings, features = make_rows()
     (only,) = unroll(draft, embeddings, features, Alignment(1))
     assert torch.allclose(only, draft(embeddings, features), atol=1e-12)
 
 
-def test_one_backward_equals_the_official_backward_a_step():
-    """The official code re-projects all bands in each step and runs one backward a step (hass.md §2.3)."""
+def test_one_backward_equals_one_backward_per_step():
+    """The official code projects all bands again in each step and runs one backward per step (docs/method.md, HCA)."""
     embeddings, features = make_rows()
     ours, official = make_draft(), make_draft()
     sum(f.square().mean() for f in unroll(ours, embeddings, features, Alignment(4))).backward()
@@ -83,7 +83,7 @@ def test_steps_are_detached():
     assert gradient is None
 
 
-def test_padding_and_batch_do_not_matter():
+def test_result_does_not_depend_on_padding_and_batch():
     draft = make_draft()
     embeddings, features = make_rows(3)
     both = list(unroll(draft, embeddings, features, Alignment(3)))[-1]
@@ -103,11 +103,11 @@ def test_leaky_mask_differs_and_depends_on_padding():
 
 
 def sequential(draft, embeddings, features, depth, bptt):
-    """f^1 … f^depth by recursion on (step, row), one row and one key at a time, from the definition alone."""
+    """Compute f^1 … f^depth from the definition, by recursion on (step, position), one position and key at a time."""
     known = {}
 
     def input_of(step, row):
-        """The head's input feature at `row` in `step`: the true one, or its own estimate from the step before."""
+        """Return the input feature at `row` in `step`: the target's, or the one predicted in the step before."""
         if step == 1 or row == 0:
             return features[0, row]
         return estimate(step - 1, row - 1) if bptt else estimate(step - 1, row - 1).detach()
@@ -132,7 +132,7 @@ def sequential(draft, embeddings, features, depth, bptt):
 
 
 @pytest.mark.parametrize("gradient", ["detach", "bptt"])
-def test_the_gradient_is_that_of_the_sequential_form(gradient):
+def test_gradient_matches_sequential_computation(gradient):
     embeddings, features = (x[:, :5] for x in make_rows(1))
     ours, slow = make_draft(), make_draft()
     alignment = Alignment(3, step_weights=0.5, gradient=gradient)
@@ -147,7 +147,7 @@ def test_the_gradient_is_that_of_the_sequential_form(gradient):
     assert alignment.weights == (1, 0.5, 0.25)
 
 
-def test_a_scheduled_depth_takes_the_weights_of_its_steps():
+def test_scheduled_depth_uses_the_weights_of_its_steps():
     alignment = Alignment({0: 1, 0.5: 3}, step_weights=[1.0, 0.8, 0.6])
     assert [alignment.at(p).weights for p in (0, 0.49, 0.5, 1)] == [(1.0,), (1.0,), (1.0, 0.8, 0.6), (1.0, 0.8, 0.6)]
     assert Alignment({0: 1, 1: 3, "shape": "linear"}).at(0.5).weights == (1.0, 1.0)
@@ -161,13 +161,13 @@ def test_a_scheduled_depth_takes_the_weights_of_its_steps():
         {"gradient": "full"}, {"step_weights": 0}, {"depth": {0: 1, 0.5: 3}, "step_weights": (1.0,)},
     ],
 )  # fmt: skip
-def test_bad_alignment_is_refused(bad):
+def test_invalid_alignment_is_refused(bad):
     with pytest.raises(ValueError, match=r"model\.alignment"):
         Alignment(**bad)
 
 
 @pytest.mark.parametrize("depth", [1, 3, 5])
-def test_unwanted_rows_are_skipped_without_a_trace(depth):
+def test_skipped_positions_do_not_change_the_gradient(depth):
     embeddings, features = make_rows(3)
     rows = torch.rand(3, T, generator=torch.Generator().manual_seed(2)) < 0.4
     whole, part = make_draft(), make_draft()
@@ -177,7 +177,7 @@ def test_unwanted_rows_are_skipped_without_a_trace(depth):
         assert torch.allclose(a.grad, b.grad, atol=1e-10), name
 
 
-def test_layer_checkpointing_changes_no_gradient():
+def test_activation_checkpointing_does_not_change_the_gradient():
     embeddings, features = make_rows()
     kept, recomputed = make_draft(), make_draft()
     for draft, alignment in ((kept, Alignment(3)), (recomputed, Alignment(3, checkpoint=True))):

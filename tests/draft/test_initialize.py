@@ -1,4 +1,4 @@
-"""How a head starts: as the best linear map of its inputs, or as another head."""
+"""Initialization of a head: least squares, or another head."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 
 from hass_lightning.draft import EagleDraft, save_draft
 from hass_lightning.draft.initialize import least_squares_start, start_from
-from hass_lightning.target.head import TargetHead
+from hass_lightning.target_model.lm_head import TargetHead
 
 D, V, T = 16, 40, 60
 
@@ -23,14 +23,14 @@ def make(fc_bias=False):
     for _ in range(8):
         ids, features = torch.randint(0, V, (T,)), torch.randn(T, D)
         mask = torch.ones(T, dtype=torch.bool)
-        for t in range(T - 1):  # features that really are that linear map
+        for t in range(T - 1):  # features that are exactly this linear map
             features[t + 1] = truth @ torch.cat([head.embed(ids[t + 1]), features[t]]) + offset
         sequences.append({"input_ids": ids, "features": features, "loss_mask": mask})
     return EagleDraft(config, fc_bias=fc_bias), head, sequences, truth
 
 
 @pytest.mark.parametrize("fc_bias", [False, True])
-def test_a_linear_target_is_matched_from_the_start(fc_bias):
+def test_least_squares_start_fits_a_linear_target(fc_bias):
     draft, head, sequences, _ = make(fc_bias)
     assert least_squares_start(draft, head, sequences, ridge=1e-7) == 8 * (T - 1)
     for sequence in sequences:
@@ -40,11 +40,11 @@ def test_a_linear_target_is_matched_from_the_start(fc_bias):
         assert torch.allclose(estimate, sequence["features"][1:], atol=1e-3)
 
 
-def test_only_marked_rows_count_and_no_more_than_asked():
+def test_only_loss_positions_are_used_up_to_max_rows():
     draft, head, sequences, truth = make()
     for sequence in sequences:
         sequence["loss_mask"][:10] = False
-        sequence["features"][:8] = 1e3  # nonsense where nothing is marked
+        sequence["features"][:8] = 1e3  # arbitrary values outside the loss positions
     rows = least_squares_start(draft, head, sequences, max_rows=100, ridge=1e-7)
     assert rows == 3 * (T - 11)
     assert torch.allclose(draft.fc.weight, truth, atol=1e-2)
@@ -55,7 +55,7 @@ def test_unknown_start_is_refused():
         EagleDraft(LlamaConfig(hidden_size=8, num_attention_heads=1), start="zeros")
 
 
-def test_a_head_starts_from_a_saved_one_of_the_same_shapes(tmp_path):
+def test_start_from_loads_a_head_of_the_same_shapes(tmp_path):
     saved, _, _, _ = make()
     save_draft(tmp_path / "run" / "draft", saved, None, {})
     draft = EagleDraft(saved.config)

@@ -1,7 +1,8 @@
-"""Whole sweeps of a toy command, started as a user starts them."""
+"""Complete sweeps of a toy command, started from the command line."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,15 +13,17 @@ import pytest
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 
-from hass_lightning.cli import config_folder
-from hass_lightning.ledger import Ledger
+from hass_lightning.measure.heads import heads_of
+from hass_lightning.report.study import load_runs
+from hass_lightning.runs.config import config_folder
+from hass_lightning.runs.ledger import Ledger
 
 TOY = Path(__file__).with_name("toy")
 RANKS = {"LOCAL_RANK": "1", "RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
 
 
 class Sweep:
-    """Starts the toy in a folder and reads what its jobs noted."""
+    """Starts the toy command in a folder and reads the records of its jobs."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -71,7 +74,7 @@ def test_hydra_finds_the_plugin():
     assert "SubprocessLauncher" in [launcher.__name__ for launcher in Plugins.instance().discover(Launcher)]
 
 
-def test_a_grid_survives_a_failing_cell_and_runs_only_that_again(sweep):
+def test_only_failed_cells_of_a_grid_run_again(sweep):
     arguments = ("a=1,2", "b=1,2", "hydra.launcher.n_jobs=2")
     output = sweep.run(*arguments, code=1, TOY_FAILS="2")
     assert "2 completed, 2 failed" in output and "a is 2 (exit code 1)" in output
@@ -90,12 +93,36 @@ def test_a_grid_survives_a_failing_cell_and_runs_only_that_again(sweep):
     assert "a=2" in overrides and "n_jobs" not in overrides
     assert "error: a is 2" in (Path(failed.folder) / "job.log").read_text()
 
-    output = sweep.run(*arguments, TOY_FAILS="1")  # the completed ones would fail now, if they ran
+    output = sweep.run(*arguments, TOY_FAILS="1")  # the completed ones would fail if they ran again
     assert len(sweep.runs()) == 6
     assert json.loads(output.splitlines()[-1])["num_completed"] == 4
     latest = sweep.ledger().latest()
     assert sorted(entry.metric for entry in latest.values()) == [11, 12, 21, 22]
     assert all(entry.result == {"sum": sum(divmod(entry.metric, 10))} for entry in latest.values())
+
+
+def test_cells_have_readable_names(sweep):
+    output = sweep.run("a=1,2", "b=1", "study=named")
+    folder = sweep.folder / "runs" / "sweeps" / "named"
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {".locks", "a=1,b=1", "a=2,b=1"}
+    assert "#1 a=2,b=1 completed" in output and "a=2" in (folder / "a=2,b=1" / ".hydra" / "overrides.yaml").read_text()
+
+
+def test_old_sweep_resumes_under_its_old_names(sweep):
+    """The ledger was written before folders had readable names: a=1 completed there, a=2 failed."""
+    folder = sweep.folder / "runs" / "sweeps" / "old"
+    shutil.copytree(TOY.parent / "old_sweep", folder)
+    assert [run.folder.name for run in load_runs(folder)] == ["dpnadgbpalha", "ignkbblmlhim"]
+    output = sweep.run("a=1,2,3", "b=1", "study=old", TOY_FAILS="1")  # a=1 would fail if it ran
+    assert "#0 dpnadgbpalha completed before" in output
+    assert sorted(run["a"] for run in sweep.runs()) == [2, 3]
+    cells = ["dpnadgbpalha", "ignkbblmlhim", "a=3,b=1"]
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {".locks", *cells}
+    assert (folder / "ignkbblmlhim" / "job.log").is_file()
+    assert [entry.metric for entry in sweep.ledger().latest().values()] == [11, 21, 31]
+    for cell in cells:
+        (folder / cell / "draft").mkdir()
+    assert heads_of(str(folder)) == [str(folder / cell) for cell in cells]
 
 
 def test_two_launches_at_once_share_the_cells(sweep):
@@ -106,7 +133,7 @@ def test_two_launches_at_once_share_the_cells(sweep):
     assert all(json.loads(output.splitlines()[-1])["num_completed"] == 3 for output in outputs)
 
 
-def test_a_killed_launcher_leaves_a_job_that_is_taken_over(sweep):
+def test_job_of_a_killed_launcher_is_adopted(sweep):
     first = sweep.start("a=1,2", "sleep=60")
     sweep.wait_for_runs(1)
     os.kill(first.pid, signal.SIGKILL)
@@ -120,7 +147,7 @@ def test_a_killed_launcher_leaves_a_job_that_is_taken_over(sweep):
     assert sorted(entry.metric for entry in sweep.ledger().latest().values()) == [11, 21]
 
 
-def test_ctrl_c_ends_the_jobs(sweep):
+def test_ctrl_c_stops_the_jobs(sweep):
     process = sweep.start("a=1,2,3", "sleep=60", "hydra.launcher.n_jobs=2", "hydra.launcher.grace_seconds=5")
     sweep.wait_for_runs(2)
     os.kill(process.pid, signal.SIGINT)
@@ -132,7 +159,7 @@ def test_ctrl_c_ends_the_jobs(sweep):
             os.kill(run["pid"], 0)
 
 
-def test_optuna_gets_the_metric_and_a_repeated_study_costs_nothing(sweep):
+def test_optuna_reads_the_metric_and_a_repeated_study_runs_no_job(sweep):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     arguments = ["hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.sampler.seed=1"]
     arguments += ["hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=3", "a=range(1,9)", "hydra.launcher.n_jobs=3"]
@@ -142,3 +169,26 @@ def test_optuna_gets_the_metric_and_a_repeated_study_costs_nothing(sweep):
     num_runs = len(sweep.runs())
     output = sweep.run(*arguments, "hydra.sweeper.max_failure_rate=1.0")
     assert f"Best value: {best}.0" in output and len(sweep.runs()) == num_runs
+
+
+def test_the_table_of_a_sweep_is_printed_and_nothing_is_started(sweep):
+    sweep.run("a=1,2", "b=1", "study=table", code=1, TOY_FAILS="2")
+    output = sweep.run("a=1,2,3", "b=1", "study=table", "status=true")
+    lines = [line.split() for line in output.splitlines()]
+    assert ["a=1,b=1", "completed", "11"] in [line[:3] for line in lines]
+    assert ["a=2,b=1", "failed"] in [line[:2] for line in lines] and "a is 2 (exit code 1)" in output
+    assert ["a=3,b=1", "missing"] in lines
+    counts = json.loads(output.splitlines()[-1])
+    assert (counts["num_cells"], counts["num_completed"], counts["num_failed"], counts["num_missing"]) == (3, 1, 1, 1)
+    assert sorted(run["a"] for run in sweep.runs()) == [1, 2]
+
+
+def test_slurm_needs_sbatch(sweep):
+    output = sweep.run("a=1,2", "hydra/launcher=slurm", code=1, PATH=os.path.dirname(sys.executable))
+    assert "error: hydra/launcher=slurm needs sbatch on this machine" in output and not sweep.runs()
+
+
+def test_a_launcher_without_a_ledger_is_refused(sweep):
+    target = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+    output = sweep.run("a=1,2", f"hydra.launcher._target_={target}", code=1)
+    assert "use hydra/launcher=slurm" in output and not sweep.runs()

@@ -1,4 +1,4 @@
-"""HAD: each term against its slow form, chunked = unchunked, masks and gradients."""
+"""Loss terms against per-element formulas; chunking, gradients and precision of `DraftLoss`."""
 
 from collections import Counter
 from math import prod
@@ -16,7 +16,7 @@ from hass_lightning.losses import (
     TopK,
     draft_loss,
 )
-from hass_lightning.target.head import DraftVocabulary
+from hass_lightning.target_model.draft_vocabulary import DraftVocabulary
 from live_tensors import Shapes
 
 R, D, V = 7, 6, 13
@@ -36,7 +36,7 @@ def hass(chunk_rows=1024, k=4):
 
 
 def official(steps, target, vocabulary, k):
-    """hass.md §1.2, per element."""
+    """The official loss (docs/method.md, HAD), computed per element."""
     total = 0.0
     for f in steps:
         for r in range(R):
@@ -49,7 +49,7 @@ def official(steps, target, vocabulary, k):
     return total
 
 
-def test_value_and_gradient_equal_the_official_formula():
+def test_value_and_gradient_match_the_official_formula():
     steps, target, vocabulary = make()
     ours = hass()(steps, target, vocabulary, torch.zeros(R, dtype=torch.int64), R).total
     expected = official(steps, target, vocabulary, 4)
@@ -71,8 +71,8 @@ def test_chunked_equals_unchunked(chunk_rows):
 
 
 @pytest.mark.parametrize("chunk_rows", [40, 64])
-def test_no_tensor_over_the_vocabulary_has_more_rows_than_a_chunk(chunk_rows):
-    """Neither rows x V nor rows x V x depth: forward, backward, metrics and soft targets live a chunk long."""
+def test_no_vocabulary_tensor_is_larger_than_a_chunk(chunk_rows):
+    """No tensor of forward, backward, metrics or soft targets has the vocabulary times more than a chunk."""
     rows, hidden, vocab = 200, 16, 3000
     steps = [torch.randn(rows, hidden, requires_grad=True) for _ in range(3)]
     vocabulary = DraftVocabulary(torch.randn(vocab, hidden))
@@ -83,7 +83,7 @@ def test_no_tensor_over_the_vocabulary_has_more_rows_than_a_chunk(chunk_rows):
     assert max(prod(shape) for shape in wide) == chunk_rows * vocab
 
 
-def test_without_chunk_rows_the_chunk_follows_the_vocabulary(monkeypatch):
+def test_default_chunk_size_depends_on_the_vocabulary(monkeypatch):
     steps, target, vocabulary = make()
     monkeypatch.setattr(draft_loss, "CHUNK_BYTES", (4 * V * 3 + 5, 0))
     with Shapes() as shapes:
@@ -91,7 +91,7 @@ def test_without_chunk_rows_the_chunk_follows_the_vocabulary(monkeypatch):
     assert {shape[0] for shape in shapes.seen if shape[1:] == (V,)} - {D} == {3, 1}  # (D, V) is the LM head
 
 
-def test_soft_targets_and_their_top_k_are_computed_once_for_all_steps_and_terms(monkeypatch):
+def test_soft_targets_and_top_k_are_computed_once_per_chunk(monkeypatch):
     steps, target, vocabulary = make()
     calls = Counter()
     for name in ("softmax", "topk"):
@@ -108,7 +108,7 @@ def test_soft_targets_and_their_top_k_are_computed_once_for_all_steps_and_terms(
 
 
 class ByLogits(LossTerm):
-    """HASS's loss without the feature term, from the logits alone: the long way for any term."""
+    """The HASS loss without the feature term, computed from the logits."""
 
     def forward(self, rows):
         log_q = rows.draft_logits.log_softmax(-1)
@@ -116,8 +116,8 @@ class ByLogits(LossTerm):
         return -0.1 * (rows.target.probs * log_q).sum(-1) - (top * log_q.gather(-1, indices)).sum(-1)
 
 
-def test_the_short_ways_of_rows_have_the_gradient_of_the_logits():
-    """Alone, and together with a term that uses the logits themselves."""
+def test_reductions_have_the_same_gradient_as_the_logits():
+    """Separately, and together with a term that uses the logits."""
     steps, target, vocabulary = make()
     short = {"soft_ce": SoftCrossEntropy(0.1), "top_k": TopK(k=4)}
     totals = [
@@ -134,7 +134,7 @@ def test_the_short_ways_of_rows_have_the_gradient_of_the_logits():
     torch.testing.assert_close(gradients[3][0], expected, atol=1e-12, rtol=0)
 
 
-def test_top_k_of_the_whole_vocabulary_is_soft_cross_entropy():
+def test_top_k_of_the_whole_vocabulary_equals_soft_cross_entropy():
     steps, target, vocabulary = make()
     rows = Rows(steps[0], vocabulary.logits(steps[0]), TargetRows(target, vocabulary.logits(target)), 1)
     assert torch.allclose(TopK(k=V)(rows), SoftCrossEntropy()(rows), atol=1e-12)
@@ -149,7 +149,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(total, tuple(steps))
 
 
-def test_weight_zero_is_not_computed():
+def test_term_with_weight_zero_is_not_computed():
     class Explodes(SoftCrossEntropy):
         def forward(self, rows):
             raise AssertionError("computed")
@@ -160,7 +160,7 @@ def test_weight_zero_is_not_computed():
     assert set(output.values) == {"feature/step1", "feature/step2", "feature/step3"}
 
 
-def test_pruned_vocabulary_renormalises():
+def test_probabilities_are_renormalised_over_a_pruned_vocabulary():
     _, target, vocabulary = make()
     kept = torch.tensor([1, 4, 5, 9])
     pruned = DraftVocabulary(vocabulary.weight, token_ids=kept)
@@ -171,7 +171,7 @@ def test_pruned_vocabulary_renormalises():
     assert pruned.to_token_ids(torch.tensor([[3]])).tolist() == [[9]]
 
 
-def test_bad_terms_are_refused():
+def test_invalid_terms_are_refused():
     with pytest.raises(ValueError, match=r"model\.loss\.terms\.<TopK>\.k=0"):
         TopK(k=0)
     with pytest.raises(ValueError, match="nothing to learn"):
@@ -180,10 +180,10 @@ def test_bad_terms_are_refused():
         SoftCrossEntropy(-1.0)
 
 
-def test_autocast_leaves_the_terms_in_fp32():
-    """The products of the LM head may be rounded, sums over the vocabulary may not."""
+def test_terms_are_computed_in_fp32_under_autocast():
+    """Autocast may round the products of the LM head, but not sums over the vocabulary."""
     steps, target, vocabulary = make(dtype=torch.float32)
-    vocabulary.weight.mul_(8)  # logits of the size that a real model has
+    vocabulary.weight.mul_(8)  # logits as large as those of a real model
 
     def value_and_gradient(enabled):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -191,7 +191,7 @@ def test_autocast_leaves_the_terms_in_fp32():
         return total, torch.autograd.grad(total, steps)
 
     class Exact(DraftLoss):
-        def _logits(self, *arguments):  # the one place where autocast is welcome
+        def _logits(self, *arguments):  # the only place where autocast applies
             with torch.autocast("cpu", enabled=False):
                 return super()._logits(*arguments)
 
@@ -201,7 +201,7 @@ def test_autocast_leaves_the_terms_in_fp32():
     assert all(torch.equal(a, b) for a, b in zip(gradients, cast_gradients, strict=True))
 
 
-def test_fp16_gradients_survive_a_scaled_loss_and_many_rows():
+def test_fp16_gradients_do_not_overflow_or_underflow():
     steps, target, vocabulary = make(dtype=torch.float32)
     exact = hass()(steps, target, vocabulary, torch.zeros(R, dtype=torch.int64), 1e5).total
     expected = torch.autograd.grad(65536 * exact, steps)
@@ -212,13 +212,13 @@ def test_fp16_gradients_survive_a_scaled_loss_and_many_rows():
 
 
 class Constant(LossTerm):
-    """Depends on the draft in the first step alone."""
+    """Depends on the draft only in the first step."""
 
     def forward(self, rows):
         return rows.draft_features.sum(-1) if rows.step == 1 else torch.zeros(len(rows.draft_features))
 
 
-def test_a_term_may_ignore_the_draft():
+def test_a_term_may_not_depend_on_the_draft():
     steps, target, vocabulary = make(dtype=torch.float32)
     total = DraftLoss({"mine": Constant(1.0)})(steps, target, vocabulary, torch.zeros(R, dtype=torch.int64), 1).total
     first, *others = torch.autograd.grad(total, steps)

@@ -1,4 +1,4 @@
-"""Each loss variant against its formula, written out per element; its gradient; its chunks."""
+"""Each loss variant against its formula, computed per element; gradients and chunking."""
 
 import math
 
@@ -22,7 +22,7 @@ from hass_lightning.losses import (
     TopP,
     TotalVariation,
 )
-from hass_lightning.target.head import DraftVocabulary
+from hass_lightning.target_model.draft_vocabulary import DraftVocabulary
 
 R, V, K = 5, 9, 3
 
@@ -110,7 +110,7 @@ def evaluate(term, target_logits, draft_logits):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_is_its_formula_and_its_gradient_is_right(name):
+def test_value_matches_the_formula_and_gradient_is_correct(name):
     term, formula = VARIANTS[name]
     target, draft = logits()
     expected = [formula(y, z, softmax(y), softmax(z)) for y, z in zip(target.tolist(), draft.tolist(), strict=True)]
@@ -119,7 +119,7 @@ def test_a_variant_is_its_formula_and_its_gradient_is_right(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_goes_through_the_chunks_of_the_loss(name):
+def test_chunked_equals_unchunked(name):
     term, _ = VARIANTS[name]
     target, draft = logits()
     identity = DraftVocabulary(torch.eye(V, dtype=torch.float64))
@@ -133,7 +133,7 @@ def test_a_variant_goes_through_the_chunks_of_the_loss(name):
     assert torch.allclose(a, b, atol=1e-12)
 
 
-def test_divergences_are_finite_where_fp32_underflows():
+def test_divergences_are_finite_when_fp32_underflows():
     target, draft = logits(scale=200.0)
     for name in ("reverse_kl", "jensen_shannon", "total_variation", "lk", "recall", "bild"):
         z = draft.float().requires_grad_()
@@ -143,7 +143,7 @@ def test_divergences_are_finite_where_fp32_underflows():
         assert torch.isfinite(gradient).all(), name
 
 
-def test_temperature_softens_both_distributions():
+def test_temperature_applies_to_both_distributions():
     target, draft = logits()
     identity, wanted = DraftVocabulary(torch.eye(V, dtype=torch.float64)), torch.zeros(R, dtype=torch.int64)
     loss = DraftLoss({"ce": SoftCrossEntropy()}, temperature=2.0)([draft], target, identity, wanted, R).total
@@ -178,6 +178,6 @@ def test_scheduled_weights_and_ks_follow_the_progress():
         (lambda: LossTerm({0: 1, 2: 0}), "<LossTerm>.weight"),
     ],
 )
-def test_values_without_sense_are_named(make, named):
+def test_invalid_values_are_refused(make, named):
     with pytest.raises(ValueError, match=named):
         make()

@@ -1,16 +1,16 @@
-"""Hand-made records, and a target and decoders that answer what a test wants."""
+"""Hand-made records, and a target and decoders with prescribed answers."""
 
 from types import SimpleNamespace
 
 import torch
 
 from hass_lightning.decoding import DecodingModels
-from hass_lightning.measure.trace import Record
+from hass_lightning.measure.record import Record
 from hass_lightning.types import Conversation, DecodeResult, Message
 
 
 def make_record(prompt="1", turn=0, accepted=(), drafted=None, nodes=None, seconds=None, **fields) -> Record:
-    """A record of decoder `tree`; drafted depth 3 and 6 nodes a cycle unless told."""
+    """Return a record of decoder `tree`, by default with drafted depth 3 and 6 nodes per cycle."""
     values = {"benchmark": "b", "draft": "head", "decoder": "tree", "num_tokens": sum(accepted) + len(accepted) + 1}
     return Record(
         prompt_id=prompt,
@@ -24,7 +24,7 @@ def make_record(prompt="1", turn=0, accepted=(), drafted=None, nodes=None, secon
 
 
 class ToyTokenizer:
-    """One token a character; the template marks who speaks."""
+    """One token per character; the template marks the speaker."""
 
     chat_template = "one line a message"
 
@@ -38,15 +38,22 @@ class ToyTokenizer:
         return "".join(chr(i) for i in ids)
 
 
+class ToyHead(str):
+    """A head that is told apart by its name."""
+
+    feature_layers = ()
+
+
 def toy_models(draft="head", dtype=torch.float32, max_length=1000, name="toy") -> DecodingModels:
     target = SimpleNamespace(
-        tokenizer=ToyTokenizer(), max_length=max_length, name=name, dtype=dtype, device=torch.device("cpu")
-    )
-    return DecodingModels(target, draft)
+        tokenizer=ToyTokenizer(), max_length=max_length, name=name, dtype=dtype, device=torch.device("cpu"),
+        feature_layers=(),
+    )  # fmt: skip
+    return DecodingModels(target, None if draft is None else ToyHead(draft))
 
 
 class StubDecoder:
-    """Answers with `answer(prompt, models)`, a list of token ids, and remembers what it was asked."""
+    """Answers with `answer(prompt, models)`, a list of token ids, and records the prompts that it gets."""
 
     def __init__(self, name, answer=None, head=True, seconds=1.0, acceptance="deterministic"):
         self.name, self.answer, self.head, self.seconds, self.acceptance = name, answer, head, seconds, acceptance

@@ -1,4 +1,4 @@
-"""run_benchmark with stub decoders: what is asked of whom, in which order, and what is written."""
+"""run_benchmark with stub decoders: which decoder gets which prompts in which order, and what is written."""
 
 import json
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from measure_toys import StubDecoder, question, toy_models
 
 from hass_lightning.measure import read_records, run_benchmark, summarize
-from hass_lightning.measure.cells import plan_cells, turn_messages
+from hass_lightning.measure.benchmark_cells import plan_cells, turn_messages
 from hass_lightning.types import Conversation, Message, Sampling
 
 GREEDY, SAMPLED = Sampling(), Sampling(1.0, top_p=0.9)
@@ -32,7 +32,7 @@ def run(models=None, chosen=None, prompts=None, **options):
     )
 
 
-def test_every_cell_once_a_prompt_and_decoders_without_a_head_not_once_a_draft():
+def test_every_cell_runs_once_per_prompt_and_decoders_without_a_head_once():
     chosen = decoders()
     records = run(chosen=chosen, samplings=(GREEDY, SAMPLED))
     assert len(records) == 3 * 2 * (1 + 1 + 2)
@@ -61,14 +61,14 @@ def orders(seed):
     return [tuple(log[start : start + 3]) for start in range(0, 90, 3)]
 
 
-def test_order_is_drawn_anew_for_each_prompt_and_repeats_with_the_seed():
+def test_order_differs_between_prompts_and_repeats_with_the_seed():
     assert orders(0) == orders(0)
     assert orders(0) != orders(1)
     assert len(set(orders(0))) == 6  # all 3! orders occur within 30 prompts
     assert all(sorted(each) == sorted(decoders()) for each in orders(0))
 
 
-def test_sampled_tokens_depend_on_prompt_turn_and_sampling_alone():
+def test_sampled_tokens_depend_only_on_prompt_turn_and_sampling():
     chosen = decoders()
     run(chosen=chosen, samplings=(SAMPLED,))
     seeds = [{seed for *_, seed in decoder.asked} for decoder in chosen.values()]
@@ -76,7 +76,7 @@ def test_sampled_tokens_depend_on_prompt_turn_and_sampling_alone():
     assert len(seeds[0]) == 3
 
 
-def test_the_second_turn_holds_the_autoregressive_answer_for_all():
+def test_second_turn_contains_the_autoregressive_answer_for_all_decoders():
     chosen = decoders(tree=lambda prompt, models: [ord("T")])
     prompts = [question(0, "one", "two")]
     records = run(chosen=chosen, prompts=prompts, samplings=(GREEDY, SAMPLED))
@@ -112,7 +112,7 @@ def test_unusable_prompts_are_skipped_and_counted(caplog):
     assert "'turn 1 longer than the target's context': 1" in caplog.text.replace('"', "'")
 
 
-def test_a_second_turn_that_no_longer_fits_leaves_the_first(caplog):
+def test_second_turn_that_is_too_long_keeps_the_first(caplog):
     records = run(prompts=[question("0", "q", "r" * 2000)])
     assert {r.turn for r in records} == {0}
     assert "turn 2" in caplog.text
@@ -122,7 +122,7 @@ def test_resuming_decodes_only_what_is_missing(tmp_path):
     path = tmp_path / "records.jsonl"
     whole = run(records_path=path, samplings=(GREEDY, SAMPLED))
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:7]) + lines[7][:30])  # killed while it wrote
+    path.write_text("".join(lines[:7]) + lines[7][:30])  # killed while writing
     chosen, seen = decoders(), []
     again = run(chosen=chosen, records_path=path, samplings=(GREEDY, SAMPLED), on_record=seen.append)
     assert sum(len(decoder.asked) for decoder in chosen.values()) == len(lines) - 7 == len(seen)
@@ -132,7 +132,7 @@ def test_resuming_decodes_only_what_is_missing(tmp_path):
     run(chosen=chosen, records_path=path, samplings=(GREEDY, SAMPLED), num_warmup=1)
     assert not any(decoder.asked for decoder in chosen.values())  # not even a warm-up
     run(chosen=chosen, records_path=path, samplings=(GREEDY, SAMPLED), max_new_tokens=9)
-    assert all(decoder.asked for decoder in chosen.values())  # another limit is another measurement
+    assert all(decoder.asked for decoder in chosen.values())  # another limit is a different measurement
 
 
 def test_a_tree_of_another_size_is_another_measurement(tmp_path):
@@ -157,7 +157,7 @@ def test_a_tree_of_another_size_is_another_measurement(tmp_path):
         assert len(read_records(path)) == num_lines
 
 
-def test_a_resumed_second_turn_holds_the_stored_first_answer(tmp_path):
+def test_resumed_second_turn_contains_the_stored_first_answer(tmp_path):
     path = tmp_path / "records.jsonl"
     prompts = [question(0, "one", "two")]
     run(prompts=prompts, records_path=path)
@@ -176,7 +176,7 @@ def test_warm_up_is_short_and_not_recorded():
     assert limits == [16, 16, 100, 100, 100]
 
 
-def test_time_that_no_phase_claims_is_bookkeeping():
+def test_time_outside_of_all_phases_is_bookkeeping():
     chosen = {"autoregressive": StubDecoder("autoregressive", head=False, seconds=-0.099)}  # sum: 1 ms
     wait = torch.randn(300, 300)
     chosen["autoregressive"].answer = lambda prompt, models: [(wait @ wait).shape[0] for _ in range(3)]
@@ -186,7 +186,7 @@ def test_time_that_no_phase_claims_is_bookkeeping():
 
 
 def test_greedy_answers_are_compared_and_differences_kept():
-    """The tree of draft B departs at position 1, where the traced runs say how close the target's logits were."""
+    """The tree of draft B differs at position 1, where the traced runs record the gap of the target's logits."""
     answer = lambda prompt, models: [ord(c) for c in ("xyz" if models.draft == "A" else "xQz")]  # noqa: E731
     records = run(chosen=decoders(answer), samplings=(GREEDY, SAMPLED))
     by_cell = {(r.draft, r.decoder, r.temperature): r for r in records if r.prompt_id == "0"}
@@ -207,7 +207,7 @@ def test_greedy_answers_are_compared_and_differences_kept():
 
 
 def test_checked_prompts_are_decoded_again_in_fp32(caplog):
-    """In bf16 both trees depart; in fp32 only B's does, which is a defect and is said so."""
+    """In bf16 both trees differ; in fp32 only that of B does, which is a defect and is logged."""
 
     def answer(prompt, models):
         wrong = models.target.dtype == torch.bfloat16 or models.draft == "B"
@@ -228,7 +228,7 @@ def test_checked_prompts_are_decoded_again_in_fp32(caplog):
         run(low, decoders(answer), checked_prompts=1, fp32_models={"a": high["a"]})
 
 
-def test_what_cannot_be_measured_is_refused():
+def test_unmeasurable_combinations_are_refused():
     with pytest.raises(ValueError, match="needs a draft head"):
         run({"a": toy_models(None)})
     with pytest.raises(ValueError, match="one target"):

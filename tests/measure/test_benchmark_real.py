@@ -12,14 +12,15 @@ from hass_lightning.decoding import (
     DecodingModels,
     DraftModel,
     DynamicTree,
+    Hybrid,
     PromptLookup,
     StaticTree,
 )
 from hass_lightning.draft import EagleDraft, draft_config
 from hass_lightning.measure import read_records, run_benchmark, summarize
-from hass_lightning.measure.known_answer import RULE
-from hass_lightning.target import TargetModel
-from hass_lightning.target.tiny import tiny_llama
+from hass_lightning.measure.decoder_replay import RULE
+from hass_lightning.target_model import TargetModel
+from hass_lightning.target_model.tiny import tiny_llama
 from hass_lightning.types import Sampling
 
 PROMPTS = [question(0, "one two", "three"), question(1, "four")]
@@ -42,6 +43,7 @@ def every_decoder(tree):
         "chain": Chain(depth=2),
         "static_tree": StaticTree(),
         "dynamic_tree": tree,
+        "hybrid": Hybrid(tree.num_nodes, tree.depth, tree.width),
     }
 
 
@@ -65,7 +67,7 @@ def test_all_decoders_are_measured_and_lossless(models, tmp_path):
         checked_prompts=1,
         num_warmup=0,
     )
-    assert len(records) == 3 * 6 * 2
+    assert len(records) == 3 * len(decoders) * 2
     assert {r.key: r for r in read_records(path)} == {r.key: r for r in records}
     for record in records:
         assert record.num_tokens <= 13
@@ -86,9 +88,9 @@ def test_all_decoders_are_measured_and_lossless(models, tmp_path):
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 13, 40])
 def test_replay_accepts_what_decoding_accepts(models, max_new_tokens):
-    """Cycle by cycle the same, for every decoder, both turns, and an answer that the limit cuts anywhere."""
+    """Cycle by cycle the same for every decoder, for both turns, and for an answer truncated anywhere by the limit."""
     decoders = every_decoder(DynamicTree(num_nodes=12, depth=4, width=3))
-    # a small model that agrees at times, so that paths of every length occur
+    # a small model that sometimes agrees, so that paths of every length occur
     small = TargetModel.load(tiny_llama(), "small", dtype="float32", num_layers=1)
     given = {"head": replace(models, small=small)}
     real, replayed = (
@@ -114,7 +116,7 @@ def test_a_replay_needs_greedy_answers(models):
 
 
 def test_ties_in_bf16_are_audited(models):
-    """Whatever bf16 does to the answers, fp32 is exact, and a difference comes with position and gap."""
+    """Whatever the answers in bf16, they are exact in fp32, and a difference is recorded with position and gap."""
     low = in_bf16(models)
     records = run_benchmark(
         {"head": low},

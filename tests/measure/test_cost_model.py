@@ -1,21 +1,26 @@
-"""The cost model recovers planted costs, and the replay equals real decoding, cycle by cycle."""
+"""The cost model recovers known costs, and the replay equals decoding, cycle by cycle."""
 
+import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from measure_toys import make_record
 
-from hass_lightning.decoding import Autoregressive, DecodingModels, DynamicTree
+from hass_lightning.decoding import Autoregressive, DecodingModels, DynamicTree, Hybrid
+from hass_lightning.decoding.drafting import HeadRows
 from hass_lightning.draft import EagleDraft, draft_config
-from hass_lightning.measure import cost_model, replay
+from hass_lightning.measure import cost_model, tree_replay, tuning
 from hass_lightning.measure.cost_model import CostModel, CycleSeconds
+from hass_lightning.measure.metrics import acceptance_length
+from hass_lightning.measure.predictions import drafting_share, predicted_rows
 from hass_lightning.types import DecodeResult, Sampling
 
 
 def planted(tree):
-    """A machine where a level costs 2 ms and 0.1 ms a row, and verifying costs 10 ms and 0.2 ms a node."""
+    """Return the seconds of a machine: a level costs 2 ms + 0.1 ms per row, verification 10 ms + 0.2 ms per node."""
     num_nodes, depth, width = tree
     draft = 0.003 + (depth - 1) * (0.002 + 0.0001 * width)
     return CycleSeconds(draft, 0.010 + 0.0002 * num_nodes, 0.0005)
@@ -31,7 +36,7 @@ def cost():
 
 
 @pytest.mark.parametrize("tree", [(6, 3, 2), (24, 5, 6), (12, 1, 12), (100, 6, 10)])
-def test_planted_costs_are_recovered(cost, tree):
+def test_known_costs_are_recovered(cost, tree):
     seconds = planted(tree)
     assert cost.draft_cost(tree[1], tree[2]) == pytest.approx(seconds.draft, rel=0.02)
     assert cost.verify_cost(tree[0]) == pytest.approx(seconds.verify, rel=0.001)  # 100 nodes: extrapolated
@@ -39,7 +44,7 @@ def test_planted_costs_are_recovered(cost, tree):
     assert cost.speedup(3.0, tree) == pytest.approx(3.0 * 0.0103 / total, rel=0.02)
 
 
-def test_a_batch_erodes_the_speedup(cost):
+def test_speedup_decreases_with_batch_size(cost):
     speedups = [cost.speedup(3.0, (16, 4, 4), batch_size) for batch_size in (1, 4, 16)]
     assert speedups == sorted(speedups, reverse=True)
     # at batch 4: a level drafts 16 rows and 64 nodes are verified; the baseline verifies 4 tokens
@@ -47,7 +52,7 @@ def test_a_batch_erodes_the_speedup(cost):
     assert speedups[1] == pytest.approx(expected, rel=0.05)
 
 
-def test_noise_never_makes_work_free():
+def test_costs_are_never_negative_with_noise():
     rng = np.random.default_rng(0)
     noisy = {
         tree: CycleSeconds(*(np.array(list(vars(planted(tree)).values())) * rng.uniform(0.5, 2, 3))) for tree in TREES
@@ -67,7 +72,7 @@ def test_seconds_of_a_cycle():
 
 
 class TokenDraft(EagleDraft):
-    """Guesses, from the last token alone, what most often followed it in a text: right now and then."""
+    """Drafts the token that most often followed the last token in a text, which is sometimes right."""
 
     def __init__(self, target, text):
         super().__init__(draft_config(target.config))
@@ -75,7 +80,8 @@ class TokenDraft(EagleDraft):
         counts = torch.zeros(size, size)
         for first, second in pairwise(text):
             counts[first, second] += 1
-        rows = target.head.lm_head / target.head.lm_head.norm(dim=1, keepdim=True)  # a token's own row scores it best
+        # the highest score of a token is that of its own row
+        rows = target.head.lm_head / target.head.lm_head.norm(dim=1, keepdim=True)
         generator = torch.Generator().manual_seed(0)
         self.features = counts @ rows + 1.0 * torch.randn(rows.shape, generator=generator)
 
@@ -85,7 +91,7 @@ class TokenDraft(EagleDraft):
 
 @pytest.fixture(scope="module")
 def answers(tiny):
-    """Models with a head that is sometimes right, and three greedy answers with their prompts."""
+    """Return models with a head that is sometimes right, and three greedy answers with their prompts."""
     prompts = [list(range(3, 3 + length)) for length in (5, 9, 14)]
     plain = DecodingModels(tiny)
     greedy = [Autoregressive().generate(plain, prompt, 60).token_ids for prompt in prompts]
@@ -96,7 +102,7 @@ def answers(tiny):
 @pytest.fixture(scope="module")
 def recorded(answers):
     models, prompts, greedy = answers
-    return [replay.record_trees(models, p, a, depth=4, width=6) for p, a in zip(prompts, greedy, strict=True)]
+    return [tree_replay.record_trees(models, p, a, depth=4, width=6) for p, a in zip(prompts, greedy, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -105,42 +111,42 @@ def recorded(answers):
 def test_a_replayed_tree_equals_the_decoded_one(answers, recorded, tree):
     models, prompts, greedy = answers
     num_nodes, depth, width = tree
-    num_nodes = min(num_nodes, cost_model.num_candidates(depth, width) + 1)
+    num_nodes = min(num_nodes, tuning.num_candidates(depth, width) + 1)
     compared = 0
     for prompt, answer, trees in zip(prompts, greedy, recorded, strict=True):
         decoded = DynamicTree(num_nodes, depth, width).generate(models, prompt, 60, Sampling())
         assert decoded.token_ids == answer
-        accepted = (replay.needed_nodes(trees, depth, width) <= num_nodes).sum(axis=1).tolist()
-        replayed = [accepted[start] for start in replay.walk(accepted)]
-        # the last positions are not recorded: there the answer's end would cut the path short
+        accepted = (tree_replay.needed_nodes(trees, depth, width) <= num_nodes).sum(axis=1).tolist()
+        replayed = [accepted[start] for start in tree_replay.walk(accepted)]
+        # the last positions are not recorded, because the end of the answer would truncate the path
         assert decoded.accepted[: len(replayed)] == replayed
         compared += len(replayed)
     assert compared > 30
 
 
 def test_the_head_of_the_test_is_sometimes_right(answers, recorded):
-    tokens, forwards = replay.replay(recorded, 16, 4, 6)
+    tokens, forwards = tree_replay.replay(recorded, 16, 4, 6)
     assert 1.2 < tokens / forwards < 4.5
 
 
 def test_larger_trees_accept_no_less_at_any_position(recorded):
     for trees in recorded:
         for small, large in (((4, 6), (4, 6)), ((3, 6), (4, 6)), ((4, 3), (4, 6))):
-            a, b = replay.needed_nodes(trees, *small), replay.needed_nodes(trees, *large)
+            a, b = tree_replay.needed_nodes(trees, *small), tree_replay.needed_nodes(trees, *large)
             assert ((a <= 8).sum(1) <= (b <= 30).sum(1)).all()
         with pytest.raises(ValueError, match="exceeds the recorded"):
-            replay.needed_nodes(trees, 5, 6)
+            tree_replay.needed_nodes(trees, 5, 6)
 
 
 def test_walk():
-    assert replay.walk([2, 9, 9, 0, 1, 9]) == [0, 3, 4]
-    assert replay.walk([]) == []
+    assert tree_replay.walk([2, 9, 9, 0, 1, 9]) == [0, 3, 4]
+    assert tree_replay.walk([]) == []
 
 
 def test_the_fastest_tree_is_recommended(cost, recorded):
-    grid = cost_model.tree_grid(depth=4, width=6)
-    assert (5, 4, 1) in grid and all(size <= cost_model.num_candidates(d, w) + 1 for size, d, w in grid)
-    predictions = cost_model.predict(cost, recorded, grid)
+    grid = tuning.tree_grid(depth=4, width=6)
+    assert (5, 4, 1) in grid and all(size <= tuning.num_candidates(d, w) + 1 for size, d, w in grid)
+    predictions = tuning.predict(cost, recorded, grid)
     assert len(predictions) == len(grid)
     assert predictions[0].speedup == max(each.speedup for each in predictions)
     best = predictions[0]
@@ -148,16 +154,16 @@ def test_the_fastest_tree_is_recommended(cost, recorded):
     written = yaml.safe_load(best.decoding_yaml())
     assert written.pop("_target_") == "hass_lightning.decoding.DynamicTree"
     assert DynamicTree(**written) == DynamicTree(best.num_nodes, best.depth, best.width)
-    # where drafting is free, the largest trees win; where verifying costs by the node, small ones do
+    # if drafting is free, the largest trees are fastest; if verification costs by the node, small ones are
     free = CostModel(0.01, (1, 100), (0.01, 0.01), (0.0, 0.0, 0.0, 0.0), 0.0)
     dear = CostModel(0.01, (1, 100), (0.01, 1.0), (0.0, 0.0, 0.0, 0.0), 0.0)
-    assert cost_model.predict(free, recorded, grid)[0].num_nodes > cost_model.predict(dear, recorded, grid)[0].num_nodes
+    assert tuning.predict(free, recorded, grid)[0].num_nodes > tuning.predict(dear, recorded, grid)[0].num_nodes
     with pytest.raises(ValueError, match="no position"):
-        cost_model.predict(cost, [], grid)
+        tuning.predict(cost, [], grid)
 
 
-def test_predicted_beside_measured(cost, recorded):
-    (row,) = cost_model.compare_with_measured(cost, recorded, {(16, 4, 6): 2.0})
+def test_rows_of_predicted_and_measured_speedup(cost, recorded):
+    (row,) = tuning.compare_with_measured(cost, recorded, {(16, 4, 6): 2.0})
     assert row["measured_speedup"] == 2.0
     assert row["relative_error"] == pytest.approx(row["predicted_speedup"] / 2 - 1)
 
@@ -168,15 +174,39 @@ def test_cycles_are_timed_on_real_decoders(answers):
     assert baseline.verify > 0 and set(timed) == {(2, 1, 1), (6, 2, 3), (12, 3, 3)}
     cost = CostModel.fit(baseline, timed)
     assert all(cost.cycle_cost(tree) > 0 for tree in timed)
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="there are none"):
         cost_model.time_cycles(models, [])
 
 
 def test_tune_finds_a_tree(answers):
     models, prompts, _ = answers
-    cost, recorded, predictions = cost_model.tune(models, prompts, max_new_tokens=16, timed_prompts=1, depth=2, width=3)
+    cost, recorded, predictions = tuning.tune(models, prompts, max_new_tokens=16, timed_prompts=1, depth=2, width=3)
     assert len(recorded) == 3
-    assert {(each.num_nodes, each.depth, each.width) for each in predictions} == set(cost_model.tree_grid(2, 3))
+    assert {(each.num_nodes, each.depth, each.width) for each in predictions} == set(tuning.tree_grid(2, 3))
     assert predictions[0].speedup == pytest.approx(
         cost.speedup(predictions[0].tau, (predictions[0].num_nodes, predictions[0].depth, predictions[0].width))
     )
+
+
+def test_cost_of_a_hybrid_counts_the_head_only_in_its_cycles(cost, answers, monkeypatch, tmp_path):
+    models, prompts, greedy = answers
+    decoder, reads, records = Hybrid(8, 3, 3), [], []
+    accept = HeadRows.accept
+    monkeypatch.setattr(HeadRows, "accept", lambda rows, *given: reads.append(1) or accept(rows, *given))
+    for number, (prompt, answer) in enumerate(zip(prompts, greedy, strict=True)):
+        result = decoder.generate(models, prompt, 60)
+        assert result.token_ids == answer
+        trace = {key: getattr(result, key) for key in ("accepted", "drafted", "nodes")}
+        records.append(make_record(str(number), decoder="hybrid", seconds={"verify": 1.0}, **trace))
+        plain = {"draft": "", "decoder": "autoregressive", "seconds": {"verify": 2.0}}
+        records.append(make_record(str(number), accepted=[0] * 59, drafted=[0] * 59, nodes=[0] * 59, **plain))
+    ours = [record for record in records if record.decoder == "hybrid"]
+    share = drafting_share(decoder, ours)
+    assert share == len(reads) / sum(len(record.accepted) for record in ours)
+    assert 0 < share < 1 and drafting_share(DynamicTree(8, 3, 3), ours) == 1
+    path = tmp_path / "cost_model.json"
+    path.write_text(json.dumps(vars(cost)))
+    (row,) = predicted_rows(models, {"autoregressive": Autoregressive(), "hybrid": decoder}, prompts, records, path)
+    cycle = share * cost.draft_cost(3, 3) + cost.verify_cost(8) + cost.overhead
+    assert row["predicted_speedup"] == pytest.approx(acceptance_length(ours) * cost.baseline / cycle)
+    assert row["predicted_speedup"] > cost.speedup(acceptance_length(ours), (8, 3, 3))

@@ -1,4 +1,4 @@
-"""Contrasts against slow forms and known tests; what is planted is found, and nothing is found where nothing is."""
+"""Contrasts against slow implementations and known tests; simulated effects are found, and none if there are none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPEATS = 4000
 
 
 def names_found(estimates, unit="seeds", count=3):
-    """What a report would claim: Holm over the family."""
+    """Return the effects that a report would claim, after Holm's method over the family."""
     from hass_lightning.measure.statistics import holm
 
     effects = effects_of(FAMILY, estimates, unit, count)
@@ -32,12 +32,12 @@ def names_found(estimates, unit="seeds", count=3):
 
 
 def family_error(estimates):
-    """Share of data sets in which Holm's procedure claims anything: its first step decides that."""
+    """Return the fraction of data sets in which Holm's method claims anything, which its first step decides."""
     return (estimates.p_values.min(0) * len(FAMILY) < 0.05).mean()
 
 
 def seed_runs(rng, effects=(0.0, 0.0, 0.0), num_seeds=3, repeats=1):
-    """log τ [N, S] of the four cells with effects of loss, of depth, and of both; seeds shift all cells."""
+    """Return log τ [N, S] of the four cells with effects of loss, of depth, and of both; seeds shift all cells."""
     noise = rng.normal(0, 0.01, (4, num_seeds, repeats)) + rng.normal(0, 0.03, (num_seeds, repeats))
     planted = [effects[0] * (c["loss"] == "hass") + effects[1] * (c["depth"] == 3) for c in CELLS]
     planted[3] += effects[2]
@@ -46,7 +46,7 @@ def seed_runs(rng, effects=(0.0, 0.0, 0.0), num_seeds=3, repeats=1):
 
 
 def question_columns(rng, factors=(1.0, 1.0, 1.0, 1.0), num_questions=80, repeats=1):
-    """[2, 4, S, n]: questions differ in length and difficulty, cells in what they add to it."""
+    """Return [2, 4, S, n]: questions differ in length and difficulty, cells in their factor on it."""
     forwards = rng.integers(8, 60, (1, repeats, num_questions)) * np.ones((4, 1, 1))
     ease = rng.gamma(20, 1.4 / 20, (1, repeats, num_questions))
     own = rng.normal(1, 0.08, (4, repeats, num_questions))
@@ -89,7 +89,7 @@ def test_two_cells_over_seeds_are_the_paired_t_test():
     assert (ratio.low, ratio.high) == (pytest.approx(np.exp(low)), pytest.approx(np.exp(high)))
 
 
-def test_without_a_second_seed_nothing_is_said_over_seeds_and_a_missing_run_costs_only_itself():
+def test_one_seed_gives_no_test_over_seeds_and_a_missing_run_removes_only_itself():
     rng = np.random.default_rng(2)
     y, cells, seeds = seed_runs(rng, num_seeds=1)
     assert estimate_over_seeds(y, cells, seeds, FAMILY) is None
@@ -97,11 +97,11 @@ def test_without_a_second_seed_nothing_is_said_over_seeds_and_a_missing_run_cost
     whole = estimate_over_seeds(y, cells, seeds, FAMILY)
     part = estimate_over_seeds(y[1:], cells[1:], seeds[1:], FAMILY)
     assert (whole.freedom, part.freedom) == (6, 5)
-    split = [0, 0, 1, 1]  # no seed in common: cells cannot be told from seeds
+    split = [0, 0, 1, 1]  # no common seed: cells cannot be separated from seeds
     assert estimate_over_seeds(y[:4], split, [0, 1, 2, 3], against(0, ["a", "b"])) is None
 
 
-def test_planted_effects_are_found_over_seeds_and_over_questions():
+def test_known_effects_are_found_over_seeds_and_over_questions():
     rng = np.random.default_rng(3)
     estimates = estimate_over_seeds(*seed_runs(rng, (0.06, 0.0, 0.0)), FAMILY)
     assert names_found(estimates) == {"loss: hass against eagle"}
@@ -114,17 +114,17 @@ def test_planted_effects_are_found_over_seeds_and_over_questions():
 
 
 @pytest.mark.parametrize("unit", ["seeds", "questions"])
-def test_where_nothing_is_planted_a_family_claims_something_at_most_one_time_in_twenty(unit):
+def test_family_wise_error_rate_is_at_most_five_percent(unit):
     rng = np.random.default_rng(4)
     if unit == "seeds":
         rate = family_error(estimate_over_seeds(*seed_runs(rng, repeats=REPEATS), FAMILY))
     else:
         rate = family_error(estimate_over_questions(question_columns(rng, num_questions=40, repeats=REPEATS), FAMILY))
     assert rate <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / REPEATS)
-    assert rate > 0.02  # it can claim at all
+    assert rate > 0.02  # otherwise the test could not fail
 
 
-def test_an_interval_over_seeds_is_that_of_the_log():
+def test_interval_over_seeds_is_computed_on_the_log_scale():
     values = [2.3, 2.4, 2.6]
     interval = interval_over_seeds(values)
     low, high = stats.ttest_1samp(np.log(values), 0).confidence_interval()

@@ -1,4 +1,4 @@
-"""Intervals, tests and verdicts on cases whose answer is known. Error rates: test_statistics_simulation.py."""
+"""Intervals, tests and comparisons on cases with known results. Error rates: test_statistics_simulation.py."""
 
 import math
 
@@ -16,13 +16,13 @@ def data(n=40, seed=0, effect=1.0):
     return np.round(cycles * rng.normal(3.0, 0.4, n) * effect), cycles
 
 
-def test_ratio_interval_holds_the_ratio_of_sums_and_is_reproducible():
+def test_ratio_interval_contains_the_ratio_of_sums_and_is_reproducible():
     tokens, cycles = data()
     interval = statistics.ratio_interval(tokens, cycles)
     assert interval.value == pytest.approx(tokens.sum() / cycles.sum())
     assert interval.low < interval.value < interval.high
     assert interval == statistics.ratio_interval(tokens, cycles)
-    assert interval.value * interval.value == pytest.approx(interval.low * interval.high)  # symmetric in the log
+    assert interval.value * interval.value == pytest.approx(interval.low * interval.high)  # symmetric on the log scale
     assert str(interval).startswith(f"{interval.value:.2f} [")
 
 
@@ -34,7 +34,7 @@ def test_the_interval_is_about_1_96_standard_errors_wide_for_many_questions():
     assert math.log(interval.high / interval.value) == pytest.approx(1.96 * error, rel=0.05)
 
 
-def test_duplicating_every_question_narrows_the_interval_by_the_root_of_two():
+def test_duplicating_every_question_narrows_the_interval_by_sqrt_two():
     tokens, cycles = data(n=300)
     one = statistics.ratio_interval(tokens, cycles)
     two = statistics.ratio_interval(np.tile(tokens, 2), np.tile(cycles, 2))
@@ -58,7 +58,7 @@ def test_degenerate_data():
 
 
 def test_swapping_all_labels_exactly():
-    """Three questions, 8 swaps: the observed |θ| is the greatest, and its mirror image reaches it: p = 2/8."""
+    """Three questions, 8 swaps: the observed |θ| is the largest, and its mirror image reaches it: p = 2/8."""
     a = np.array([[4.0, 5.0, 6.0], [1.0, 1.0, 1.0]])[:, None, :]
     b = np.array([[2.0, 2.0, 2.0], [1.0, 1.0, 1.0]])[:, None, :]
     assert statistics.swap_p_values(a, b)[0] == pytest.approx(2 / 8)
@@ -74,8 +74,8 @@ def test_random_swaps_agree_with_all_swaps():
     assert drawn == pytest.approx(exact, abs=0.03)
 
 
-def test_pairing_removes_what_the_questions_share():
-    """The same 3 % on every question is found, although questions differ by far more than 3 %."""
+def test_pairing_removes_the_variance_of_questions():
+    """The same 3 % on every question is detected, although questions differ by far more than 3 %."""
     tokens, cycles = data(n=80)
     noise = np.random.default_rng(3).normal(1.03, 0.03, 80)
     found = statistics.paired_log_ratio(tokens * noise, cycles, tokens, cycles)
@@ -89,8 +89,8 @@ def test_pairing_removes_what_the_questions_share():
         statistics.paired_log_ratio(tokens, cycles, tokens[1:], cycles[1:])
 
 
-def test_detectable_effect_of_the_literature():
-    """field.md §6.2: 80 questions with σ_d = 0.15 resolve 4.7 % (2.8 standard errors, in the log)."""
+def test_detectable_effect_of_a_known_case():
+    """80 questions with σ_d = 0.15 resolve 4.7 % (2.8 standard errors, on the log scale)."""
     assert math.log1p(statistics.minimum_detectable_effect(0.15 / math.sqrt(80))) == pytest.approx(0.047, abs=0.0005)
 
 
@@ -101,7 +101,7 @@ def test_holm():
 
 
 def head(effect, n=30, seed=0, benchmark="b", temperature=0.0):
-    """Records of a head whose cycles accept two or three tokens, and `effect` more."""
+    """Return records of a head whose cycles accept two or three tokens, and `effect` more."""
     rng = np.random.default_rng(seed)
     records = []
     for question in range(n):
@@ -114,7 +114,7 @@ def head(effect, n=30, seed=0, benchmark="b", temperature=0.0):
     return records
 
 
-def test_compare_says_it_in_words():
+def test_comparison_is_reported_in_plain_language():
     better = verdicts.compare(head(0.5), head(0.0), name_a="HASS", name_b="EAGLE")
     assert better.significant
     assert better.num_questions == 30  # both turns of a question are one unit
@@ -128,12 +128,12 @@ def test_compare_says_it_in_words():
     assert same.verdict.startswith("no difference is shown: ")
 
 
-def test_compare_uses_common_questions_alone_and_refuses_none():
+def test_compare_uses_common_questions_only_and_needs_one():
     part = verdicts.compare(head(0.5)[:20], head(0.0))
     assert part.num_questions == 10
     with pytest.raises(ValueError, match="no question in common"):
         verdicts.compare(head(0.5), head(0.0, temperature=1.0))
-    with pytest.raises(ValueError, match="none of"):
+    with pytest.raises(ValueError, match="must be one of"):
         verdicts.compare(head(0.5), head(0.0), metric="luck")
     alone = verdicts.compare(head(0.5, n=1), head(0.0, n=1))
     assert alone.verdict.startswith("no verdict")

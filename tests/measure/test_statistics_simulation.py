@@ -1,4 +1,4 @@
-"""Error rates over 10,000 simulated benchmarks, fixed seeds. Run with -s to see the figures at 20 questions, too."""
+"""Error rates over 10,000 simulated benchmarks with fixed seeds. Run with -s to print the figures at 20 questions."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ REPEATS, CHUNK = 10_000, 1000
 
 
 def population(kind: str, shape: tuple[int, int], rng) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [S, n], cycles [S, n] and the questions' true τ [S, n]: answers cut at a limit, or of skewed length."""
-    if kind == "cut":  # most answers run into max_new_tokens: few cycles where τ is high
+    """Return tokens [S, n], cycles [S, n] and true τ [S, n] of questions with truncated or skewed answer lengths."""
+    if kind == "cut":  # most answers reach max_new_tokens: few cycles if τ is high
         tau, length = np.exp(rng.normal(np.log(3.0), 0.25, shape)), np.full(shape, 128.0)
     else:  # lengths over two orders of magnitude, τ from 1 to 8
         tau = 1 + rng.gamma(1.2, 1.5, shape)
@@ -46,8 +46,8 @@ def test_intervals_cover_the_truth(kind):
     assert 0.92 <= at_20 <= 0.98
 
 
-def test_two_equal_heads_differ_in_one_run_of_twenty():
-    """The null: two heads with the same τ on each question, measured on different cycles. Verdict and interval."""
+def test_false_positive_rate_of_two_equal_heads_is_five_percent():
+    """Two heads with the same τ on each question, measured on different cycles: p-value and interval."""
     rng = np.random.default_rng(1)
     found, outside = {20: 0, 80: 0}, {20: 0, 80: 0}
     for num_questions in found:
@@ -66,7 +66,7 @@ def test_two_equal_heads_differ_in_one_run_of_twenty():
     assert 0.03 <= outside[80] / REPEATS <= 0.07
 
 
-def test_the_detectable_effect_is_found_four_times_in_five():
+def test_power_at_the_detectable_effect_is_80_percent():
     rng = np.random.default_rng(2)
     n, sigma = 80, 0.15
     effect = np.log1p(statistics.minimum_detectable_effect(sigma / np.sqrt(n)))

@@ -1,4 +1,4 @@
-"""Small made-up runs and records for the report's tests."""
+"""Small synthetic runs and records for the tests of the report."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import random
 from pathlib import Path
 
-from hass_lightning.measure.records import Record
+from hass_lightning.measure.metrics import Record
 
 
 class Words:
-    """A tokenizer of eight words; token 6 and 7 are the two halves of one character."""
+    """A tokenizer of eight words; tokens 6 and 7 are the two halves of one character."""
 
     pieces = (" the", " a", "<script>alert(1)</script>", "\n", " of", ".")
 
@@ -38,7 +38,7 @@ def make_record(
     temperature: float = 0.0,
     cycle_seconds: float = 0.02,
 ) -> Record:
-    """An answer whose tokens are 0, 1, 2 … modulo 8; a chain's wrong guesses are token 5."""
+    """Return an answer with tokens 0, 1, 2 … modulo 8; rejected tokens of a chain are token 5."""
     record = Record(benchmark, prompt_id, 0, draft, decoder, temperature=temperature, target="tiny/float32")
     record.max_new_tokens = 64
     record.rule = "deterministic" if temperature else "greedy"
@@ -64,7 +64,7 @@ def make_records(
     temperatures: tuple[float, ...] = (0.0, 1.0),
     num_prompts: int = 4,
 ) -> list[Record]:
-    """A benchmark in random order, as it is written."""
+    """Return records of a benchmark in random order, as they are written."""
     rng, records = random.Random(0), []
     for benchmark in benchmarks:
         for number in range(num_prompts):
@@ -80,7 +80,7 @@ def make_records(
 
 
 def write_run(folder: Path, num_steps: int = 100, depth: int = 3) -> Path:
-    """A run folder: curves, provenance, config."""
+    """Write a run folder: curves, provenance, config."""
     rows = []
     for step in range(num_steps):
         row: dict[str, object] = {"step": step, "epoch": 0, "train/loss": 5 - step / num_steps, "lr-AdamW": 1e-3}

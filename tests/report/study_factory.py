@@ -1,4 +1,4 @@
-"""Made-up sweeps: a ledger, run folders with config, curves, metrics and records."""
+"""Synthetic sweeps: a ledger, and run folders with config, curves, metrics and records."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from hass_lightning.ledger import Entry, Ledger, cell_name
-from hass_lightning.measure.trace import Record
+from hass_lightning.measure.record import Record
+from hass_lightning.runs.ledger import Entry, Ledger, cell_id
 
 DEPTH = 3
 
 
 def config_of(loss: str, depth: int, seed: int, **more) -> dict:
-    """A config as `.hydra/config.yaml` has it, cut to what matters here."""
+    """Return the relevant part of a config as in `.hydra/config.yaml`."""
     terms = {"soft_ce": {"_target_": "hass_lightning.losses.SoftCrossEntropy", "weight": 0.1}}
     if loss == "hass":
         terms["top_k"] = {"_target_": "hass_lightning.losses.TopK", "weight": 1.0, "k": 10}
@@ -24,7 +24,7 @@ def config_of(loss: str, depth: int, seed: int, **more) -> dict:
 
 
 def write_records(folder: Path, rng, rate: float, num_questions: int, draft: str = "draft") -> None:
-    """Chains of `DEPTH` whose tokens are accepted with `rate` (shifted by the question), and their baseline."""
+    """Write chains of `DEPTH` whose tokens are accepted with `rate` (shifted by question), and their baseline."""
     lines = []
     for number in range(num_questions):
         ease = float(np.clip(rate + 0.08 * np.sin(number), 0.05, 0.95))
@@ -41,7 +41,7 @@ def write_records(folder: Path, rng, rate: float, num_questions: int, draft: str
 
 
 def write_cell(folder: Path, config: dict, overrides: list[str], tau: float | None = None, **lineage) -> Path:
-    """One finished run folder."""
+    """Write a finished run folder."""
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
@@ -63,12 +63,12 @@ def write_cell(folder: Path, config: dict, overrides: list[str], tau: float | No
 
 
 def write_sweep(folder: Path, rates: dict[tuple[str, int], float], seeds=(0,), num_questions=40, rng_seed=0) -> Path:
-    """loss × depth × seeds with a ledger; `rates` are the accept rates of the cells."""
+    """Write a sweep of loss × depth × seeds with a ledger; `rates` are the acceptance rates of the cells."""
     rng, ledger = np.random.default_rng(rng_seed), Ledger(folder)
     for (loss, depth), rate in rates.items():
         for seed in seeds:
             overrides = [f"model/loss={loss}", f"model.alignment.depth={depth}", f"seed={seed}"]
-            name = cell_name("train", overrides)
+            name = cell_id("train", overrides)
             cell = write_cell(folder / name, config_of(loss, depth, seed), overrides)
             write_records(cell, rng, rate, num_questions)
             ledger.append(Entry(name, "completed", overrides, "hash", f"/gone/{name}", metric=2.0, seconds=60.0))

@@ -2,20 +2,21 @@ from __future__ import annotations
 
 from report_factory import Words, make_record
 
-from hass_lightning.report.answers import pieces_of, token_texts, worst_answers
+from hass_lightning.measure.token_kinds import pieces_of, token_texts
+from hass_lightning.report.answers import worst_answers
 
 
 def kinds(record):
     return [piece.kind for piece in pieces_of(record, Words())]
 
 
-def test_a_chain_shows_its_wrong_guess_before_the_correction():
+def test_chain_shows_a_rejected_token_before_the_correction():
     record = make_record(accepted=(2, 3, 0), depth=3)
     cycles = ["accepted accepted rejected corrected", "accepted accepted accepted target", "rejected corrected"]
-    assert " ".join(kinds(record)) == " ".join(["target", *cycles])  # the first one comes from the prefill
+    assert " ".join(kinds(record)) == " ".join(["target", *cycles])  # the first token comes from the prefill
 
 
-def test_a_tree_names_its_guesses_in_the_hint():
+def test_tooltip_lists_the_rejected_tokens_of_a_tree():
     record = make_record(accepted=(1,), depth=3, nodes=5)
     assert kinds(record) == ["target", "accepted", "corrected"]
     hint = pieces_of(record, Words())[-1].hint
@@ -28,7 +29,7 @@ def test_all_tokens_appear_once():
     assert shown == Words().decode(record.token_ids).replace("\n", "⏎\n")
 
 
-def test_an_answer_cut_in_its_last_cycle():
+def test_answer_truncated_in_its_last_cycle():
     record = make_record(accepted=(3, 3))
     record.token_ids = record.token_ids[:7]  # ends inside the accepted path
     assert kinds(record)[-2:] == ["accepted", "accepted"]
@@ -42,7 +43,7 @@ def test_without_proposals_and_tokenizer():
     assert [piece.text for piece in pieces_of(record)] == ["0 ", "1 ", "2 ", "3 "]
 
 
-def test_half_a_character_belongs_to_the_token_that_ends_it():
+def test_split_character_belongs_to_its_last_token():
     assert token_texts([0, 6, 7, 5], Words()) == [" the", "", "é", "."]
     assert token_texts([0, 6], Words()) == [" the", "\ufffd"]
 
@@ -58,5 +59,5 @@ def test_worst_and_best():
     assert found[0].question == "Why?" and found[1].question == ""
 
 
-def test_plain_decoding_is_no_example():
+def test_autoregressive_answers_are_not_shown():
     assert worst_answers({"": [make_record("autoregressive", "", accepted=(0, 0), depth=0)]}, Words()) == []

@@ -17,7 +17,7 @@ def test_sparse_columns_become_curves(tmp_path):
     assert "epoch" not in curves
 
 
-def test_a_resumed_run_goes_on_where_the_kept_part_ends(tmp_path):
+def test_curves_of_a_resumed_run_continue_the_stored_part(tmp_path):
     (tmp_path / "csv").mkdir()
     before, now = tmp_path / "csv" / "metrics.1.csv", tmp_path / "csv" / "metrics.csv"
     before.write_text("step,train/loss\n1,5\n2,4\n3,9\n")
@@ -44,7 +44,7 @@ def test_figures_have_axis_titles_and_all_steps(tmp_path):
     curves = read_curves(write_run(tmp_path / "run", depth=2))
     figure = loss_figure(curves)
     assert {trace.name for trace in figure.data} >= {"step 1", "step 2", "total, training", "total, validation"}
-    assert figure.layout.yaxis.title.text == "loss per row"
+    assert figure.layout.yaxis.title.text == "loss per loss position"
     accuracy = accuracy_figure(curves)
     assert {trace.name for trace in accuracy.data} >= {f"alignment step {k}" for k in range(1, 6)}
     assert acceptance_figure(curves).data[0].y == (2.1,) * 4
@@ -56,12 +56,12 @@ def test_nothing_logged_nothing_drawn():
         assert figure({}) is None
 
 
-def test_the_final_measurement_stands_at_the_end():
+def test_final_measurement_is_the_last_point():
     figure = acceptance_figure({"val/acceptance_length": [(5, 1.5), (9, 2.0)], "decode/acceptance_length": [(0, 2.2)]})
     assert figure.data[1].x == (9,)
 
 
-def test_accuracy_of_training_alone_has_one_panel():
+def test_accuracy_of_training_only_has_one_panel():
     assert accuracy_figure({"train/accuracy/step1": [(1, 0.5), (2, 0.6)]}).layout.xaxis.domain == (0.0, 1.0)
 
 

@@ -54,13 +54,13 @@ def test_depth_rates():
     assert survival[-1] == pytest.approx(1 / 4)
 
 
-def test_depth_with_the_simulated_chain_alone():
+def test_depth_figure_with_the_simulated_chain_only():
     figure = depth_figure([], {"val/survival/step1": [(9, 0.5)], "val/survival/step2": [(9, 0.25)]})
     assert list(figure.data[0].y) == [0.5, 0.5] and list(figure.data[1].y) == [0.5, 0.25]
     assert depth_figure([], {"val/survival/step1": [(9, 0.0)], "val/survival/step2": [(9, 0.0)]}) is not None
 
 
-def test_phases_are_milliseconds_a_token():
+def test_phases_are_in_milliseconds_per_token():
     record = make_record(accepted=(1, 1), cycle_seconds=0.05)  # 0.1 s for 5 tokens, 70 % verifying
     figure = phase_figure([record])
     verify = next(trace for trace in figure.data if trace.name == "verify")
@@ -93,6 +93,6 @@ def test_an_answer_that_differs_in_fp32_is_a_defect(records, rows):
     assert [(tile.name, tile.value) for tile in tiles if tile.bad] == [("identical in fp32", "0/1")]
 
 
-def test_hostile_names_are_text():
+def test_markup_in_names_is_escaped():
     figure = phase_figure([make_record(draft="<b>x</b>"), make_record(draft="y")])
     assert any("&lt;b&gt;" in label for label in figure.data[0].y)

@@ -1,24 +1,28 @@
 from __future__ import annotations
 
+import base64
+import gzip
 import re
 from html.parser import HTMLParser
 
 import plotly.graph_objects as go
 import pytest
+from plotly.offline import get_plotlyjs_version
 from report_factory import Words, make_record, make_records, write_run
 
 from hass_lightning.measure.summary import summarize
 from hass_lightning.report import benchmark_report, run_report
 from hass_lightning.report.html import Page, Section, arranged, render
-from hass_lightning.report.provenance_text import read_config, read_json, without_paths
+from hass_lightning.report.provenance_text import read_config, without_paths
 from hass_lightning.report.record_tables import comparison_table, conventions_table
+from hass_lightning.runs.files import read_json
 
 LOADING = {"src", "href", "data", "action", "poster", "srcset", "xlink:href"}
 HOSTILE = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
 
 
 class Tags(HTMLParser):
-    """The elements and visible text of a page; scripts and styles are kept apart."""
+    """The elements and visible text of a page; scripts and styles are kept separately."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -73,22 +77,25 @@ def test_run_report(tmp_path, capsys):
     for expected in ("Loss by alignment step", "Simulated acceptance length", "Time by phase", "1.5 min", "3/3"):
         assert expected in tags.text
     assert "/home/someone" not in tags.text and "…/q.jsonl" in tags.text
-    assert not list(run_dir.glob(".report.html*"))  # no part is left behind
+    assert not list(run_dir.glob(".report.html*"))  # no temporary file is left
 
 
 def test_plotly_is_inlined_once_and_uploads_nothing(bench):
     _, tags = bench
     check_self_contained(tags)
     assert sum("plotly.js v" in script[:400] for script in tags.scripts) == 1
+    (packed,) = [script for script in tags.scripts if script.startswith("H4sI")]
+    library = gzip.decompress(base64.b64decode(packed)).decode()
+    assert f"plotly.js (basic - minified) v{get_plotlyjs_version()}" in library[:100]
     drawn = [script for script in tags.scripts if "Plotly.newPlot" in script and len(script) < 1_000_000]
     assert len(drawn) == 6
     for script in drawn:
         assert '"showSendToCloud": false' in script and "https://" not in script
 
 
-def test_hostile_text_stays_text(bench):
+def test_markup_in_text_is_escaped(bench):
     _, tags = bench
-    assert HOSTILE in tags.text  # as a prompt, shown and not run
+    assert HOSTILE in tags.text  # as a prompt: shown and not executed
     assert "<script>alert(1)</script>" in tags.text  # as a token
     assert not any(script.lstrip().startswith("alert") for script in tags.scripts)
     assert sum(tag == "script" for tag, _ in tags.tags) == len(tags.scripts)
@@ -109,7 +116,7 @@ def test_nothing_measured(tmp_path):
         assert "Nothing was measured yet" in tags.text and "script" not in [tag for tag, _ in tags.tags]
 
 
-def test_curves_alone(tmp_path, capsys):
+def test_report_of_curves_only(tmp_path, capsys):
     text = run_report(write_run(tmp_path / "run"), [], []).read_text()
     assert "Accuracy by alignment step" in text and "Measured by decoding" not in text
     assert capsys.readouterr().err == ""
@@ -128,7 +135,7 @@ def test_lone_surrogates_do_not_stop_the_report(tmp_path):
     assert run_report(tmp_path / "run", summarize(records), records).exists()
 
 
-def test_figures_of_a_page_have_ids_of_their_own(bench):
+def test_figures_of_a_page_have_distinct_ids(bench):
     _, tags = bench
     ids = [attributes["id"] for _, attributes in tags.tags if "id" in attributes]
     assert len(ids) == len(set(ids)) and "figure-0" in ids
@@ -172,7 +179,7 @@ def test_config_without_paths(tmp_path):
     assert read_config(tmp_path / "nowhere") == ""
 
 
-def test_damaged_json_is_no_reason_to_fail(tmp_path):
+def test_damaged_json_does_not_raise(tmp_path):
     (tmp_path / "a.json").write_text("{")
     (tmp_path / "b.json").write_text("[1]")
     assert read_json(tmp_path / "a.json") == read_json(tmp_path / "b.json") == read_json(tmp_path / "c.json") == {}

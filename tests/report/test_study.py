@@ -15,8 +15,6 @@ from scipy import stats
 from study_factory import config_of, write_cell, write_records, write_sweep
 from test_pages import Tags, check_self_contained
 
-from hass_lightning.cli import config_folder
-from hass_lightning.ledger import Entry, Ledger
 from hass_lightning.measure.factorial import Contrast, Effect
 from hass_lightning.measure.statistics import Interval
 from hass_lightning.report.curves import loss_terms, read_curves
@@ -25,9 +23,12 @@ from hass_lightning.report.study.analysis import analyse
 from hass_lightning.report.study.cells import find_factors, find_grid, make_cells
 from hass_lightning.report.study.claims import claims_of
 from hass_lightning.report.study.figures import gap_figure, response_figure
+from hass_lightning.report.study.page import subtitle
 from hass_lightning.report.study.runs import StudyRun, read_run
 from hass_lightning.report.study.tables import cells_table, front, notes
 from hass_lightning.report.study.workspace import build_report, build_workspace, save_workspace, workspace_spec
+from hass_lightning.runs.config import config_folder
+from hass_lightning.runs.ledger import Entry, Ledger
 
 CONF = Path(config_folder())
 CORNERS = [("eagle", 1), ("eagle", 3), ("hass", 1), ("hass", 3)]
@@ -50,13 +51,13 @@ def cell(tmp_path, name, overrides=(), **settings):
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
-    """A sweep with a planted effect of depth, reported by the command."""
+    """A sweep with a known effect of depth, reported by the command."""
     folder = tmp_path_factory.mktemp("sweeps") / "paper_ablation"
     return write_sweep(folder, {corner: 0.55 + 0.15 * (corner[1] == 3) for corner in CORNERS}, seeds=(0, 1, 2))
 
 
-def test_a_planted_main_effect_is_claimed_and_every_file_written(reported, call_command):
-    done = call_command("report_command", f"runs={reported}")
+def test_known_main_effect_is_claimed_and_every_file_written(reported, call_command):
+    done = call_command("report", f"runs={reported}")
     assert done.code == 0, done.err
     result = json.loads(done.out.strip().splitlines()[-1])
     assert (result["metric"], result["unit"], result["baseline"]) == (
@@ -69,20 +70,42 @@ def test_a_planted_main_effect_is_claimed_and_every_file_written(reported, call_
     assert verdicts["depth: 3 against 1"] == verdicts["loss=eagle, depth=3 against loss=eagle, depth=1"] == "better"
     assert verdicts["loss: hass against eagle"] == verdicts["loss hass × depth 3"] == "no difference is shown"
     assert set(result["files"]) == {"html", "md", "tex", "csv"}
-    tags = Tags((reported / "report.html").read_text())
+    written = reported / "report"
+    tags = Tags((written / "report.html").read_text())
     check_self_contained(tags)
     for expected in ("Main effects and interactions", "Exposure gap", "τ against training compute", "What differs"):
         assert expected in tags.text
     assert "/home/someone" not in tags.text
-    (line, *_) = csv.DictReader((reported / "table.csv").open())
+    (line, *_) = csv.DictReader((written / "table.csv").open())
     assert float(line["tau_low"]) < float(line["tau"]) < float(line["tau_high"])
     assert {"a1_low", "speedup_high", "tflops", "tokens_thousands", "val_loss"} <= set(line)
-    assert (reported / "table.tex").read_text().startswith("\\begin{tabular}")
-    assert "| depth: 3 against 1 | main effect |" in (reported / "report.md").read_text()
-    assert "better" in done.err  # the table of the terminal
+    assert (written / "table.tex").read_text().startswith("\\begin{tabular}")
+    assert "| depth: 3 against 1 | main effect |" in (written / "report.md").read_text()
+    assert "better" in done.err  # the table on the terminal
 
 
-def test_one_seed_is_tested_over_questions_and_says_so(tmp_path):
+def test_list_of_runs_is_reported_next_to_the_first(reported, call_command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cells = [
+        write_cell(tmp_path / "mine" / loss, config_of(loss, 1, 0), [f"model/loss={loss}"], 2.0)
+        for loss in ("eagle", "hass")
+    ]
+    done = call_command("report", f"runs=[{cells[0]},{cells[1]}]")
+    assert done.code == 0, done.err
+    folder = tmp_path / "mine" / "report" / "eagle,hass"
+    assert json.loads(done.out.splitlines()[-1])["files"]["html"] == str(folder / "report.html")
+    assert (folder / "table.csv").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # no folder or log of the command itself
+
+
+def test_counts_of_one_are_singular(tmp_path):
+    study = analyse(load_runs(write_sweep(tmp_path / "s", {("hass", 3): 0.6})))
+    assert subtitle(study).startswith("1 cell · 1 run · 1 seed · ")
+    study = analyse(load_runs(write_sweep(tmp_path / "t", NULL, seeds=(0, 1))))
+    assert subtitle(study).startswith(f"{len(NULL)} cells · {2 * len(NULL)} runs · 2 seeds · ")
+
+
+def test_one_seed_is_tested_over_questions_and_reported_as_such(tmp_path):
     study = analyse(load_runs(write_sweep(tmp_path / "s", INTERACTION, num_questions=80)))
     assert study.unit == "questions"
     assert {"loss hass × depth 3", "loss=hass, depth=3 against loss=eagle, depth=1"} <= shown(study)
@@ -99,14 +122,14 @@ def test_one_seed_is_tested_over_questions_and_says_so(tmp_path):
     )
 
 
-def test_null_sweeps_claim_nothing_as_a_rule(tmp_path):
-    """The whole path from files to claims; its rate is tested below."""
+def test_sweeps_without_effects_rarely_claim_anything(tmp_path):
+    """The whole pipeline from files to claims; its error rate is tested below."""
     claimed = [shown(analyse(load_runs(write_sweep(tmp_path / str(n), NULL, rng_seed=n)))) for n in range(6)]
     assert sum(bool(each) for each in claimed) <= 1
 
 
 def most_false_alarms(count):
-    """As many of `count` reports may claim something if one in twenty does (exceeded once in a thousand times)."""
+    """Return the 99.9 % quantile of the number of reports with a claim if the error rate is one in twenty."""
     return stats.binom.ppf(0.999, count, 0.05)
 
 
@@ -137,7 +160,7 @@ def test_null_reports_over_questions_claim_an_effect_at_most_5_percent_of_the_ti
     assert claimed <= most_false_alarms(200)
 
 
-def test_heads_that_were_measured_together_take_those_records(tmp_path):
+def test_records_of_a_common_benchmark_replace_those_of_runs(tmp_path):
     runs = [write_cell(tmp_path / loss, config_of(loss, 1, 0), [f"model/loss={loss}"]) for loss in ("eagle", "hass")]
     assert analyse(load_runs(runs)).metric == "simulated_acceptance_length"
     bench = tmp_path / "bench"
@@ -151,16 +174,16 @@ def test_heads_that_were_measured_together_take_those_records(tmp_path):
     assert (study.metric, study.unit) == ("acceptance_length", "questions")
     assert [effect.verdict for effect in study.comparisons] == ["better"]
     other = write_cell(tmp_path / "other", config_of("hass", 3, 0), ["model.alignment.depth=3"], tau=3.0)
-    write_records(other, np.random.default_rng(5), 0.9, 40)  # of other questions: not to be compared
+    write_records(other, np.random.default_rng(5), 0.9, 40)  # of other questions: not comparable
     with_other = analyse(load_runs([*runs, other], bench))
     assert [name for name, _ in with_other.left_out] == ["other"]
     assert "did not measure this head" in with_other.left_out[0][1]
     assert [row.tau for row in with_other.rows] == [row.tau for row in study.rows]
-    with pytest.raises(ValueError, match="measured eagle, hass, and none of these"):
+    with pytest.raises(ValueError, match="measured eagle, hass, but none of these"):
         load_runs([tmp_path / "third"] if write_cell(tmp_path / "third", config_of("x", 1, 0), []) else [], bench)
 
 
-def test_what_failed_is_named_and_what_is_no_run_refused(tmp_path):
+def test_failed_runs_are_named_and_other_folders_refused(tmp_path):
     folder = write_sweep(tmp_path / "s", NULL, num_questions=5)
     Ledger(folder).append(
         Entry("lost", "failed", ["seed=9"], "hash", "/gone/lost", error="out of memory (exit code 1)")
@@ -172,7 +195,7 @@ def test_what_failed_is_named_and_what_is_no_run_refused(tmp_path):
         load_runs(tmp_path / "empty")
     with pytest.raises(ValueError, match="runs is empty"):
         load_runs([])
-    with pytest.raises(ValueError, match="baseline=depth=9 fits 0 cells"):
+    with pytest.raises(ValueError, match="baseline=depth=9 matches 0 cells"):
         analyse(load_runs(folder), baseline="depth=9")
     assert analyse(load_runs(folder), baseline="loss=hass,depth=3").baseline == 3
     with pytest.raises(ValueError, match="decoder=medusa"):
@@ -182,16 +205,16 @@ def test_what_failed_is_named_and_what_is_no_run_refused(tmp_path):
 # --- cells and factors -----------------------------------------------------------------------------------------------
 
 
-def test_keys_that_change_together_are_one_factor_with_the_words_of_the_command_line(tmp_path):
+def test_keys_that_change_together_are_one_factor_named_by_the_overrides(tmp_path):
     runs = [
         cell(tmp_path, "a", ["experiment=eagle"], **{"m.depth": 1}),
         cell(tmp_path, "b", ["experiment=had"], **{"m.depth": 1, "m.top_k.k": 10, "m.top_k.weight": 1.0}),
         cell(tmp_path, "c", ["experiment=hca"], **{"m.depth": 3}),
         cell(tmp_path, "d", ["experiment=hass"], **{"m.depth": 3, "m.top_k.k": 10, "m.top_k.weight": 1.0}),
     ]
-    # four experiments that cross fully are seen as what they are
+    # four experiments that are fully crossed are two factors
     assert find_factors(runs) == {"depth": [1, 1, 3, 3], "top_k": ["without", "with", "without", "with"]}
-    # three do not cross, and the command line says it all
+    # three are not crossed, and the overrides of the command line distinguish them
     assert find_factors(runs[:3]) == {"experiment": ["eagle", "had", "hca"]}
     words = [cell(tmp_path, f"{k}", [f"model.k={k}", f"seed={k}"], **{"model.k": k}) for k in (1, 5)]
     assert find_factors(words) == {"k": [1, 5]}
@@ -209,7 +232,7 @@ def test_an_incomplete_crossing_loses_the_levels_that_are_missing_and_keeps_the_
 
 
 def top_k_runs(tmp_path):
-    """The cells of conf/hparams_search/top_k.yaml as its 21 overrides and merged configs have them."""
+    """Runs with the overrides and merged configs of the cells of conf/hparams_search/top_k.yaml."""
     text = yaml.safe_load((CONF / "hparams_search" / "top_k.yaml").read_text())
     nodes = re.findall(r"\{.*?\}", text["hydra"]["sweeper"]["params"]["model.loss.terms.top_k"])
     runs = []
@@ -243,10 +266,10 @@ def test_a_node_that_is_swept_whole_is_as_many_factors_as_it_has_keys(tmp_path, 
     kinds = [effect.contrast.kind for effect in study.effects]
     assert (kinds.count("main"), kinds.count("interaction")) == (4 + 3, 4 * 3)
     assert len(study.rows) == 21
-    assert len({trace.xaxis for trace in response_figure(study).data}) == 2  # a panel a factor
+    assert len({trace.xaxis for trace in response_figure(study).data}) == 2  # a panel per factor
 
 
-def test_words_of_the_command_line_are_read_as_hydra_reads_them(tmp_path):
+def test_overrides_are_parsed_as_by_hydra(tmp_path):
     runs = [cell(tmp_path, lr, [f"model.optimizer.lr={lr}"], x=float(lr)) for lr in ("1e-3", "3e-4", "1e-4")]
     assert find_factors(runs) == {"lr": [1e-3, 3e-4, 1e-4]}
     schedules = ["{0:0,0.8:1}", "{0:1}", "1.0"]
@@ -254,13 +277,13 @@ def test_words_of_the_command_line_are_read_as_hydra_reads_them(tmp_path):
     assert find_factors(runs) == {"w": ["{0:0,0.8:1}", "{0:1}", 1.0]}
 
 
-def test_runs_that_differ_in_the_seed_alone_are_one_cell(tmp_path):
+def test_runs_that_differ_only_in_the_seed_are_one_cell(tmp_path):
     folder = write_sweep(tmp_path / "s", NULL, seeds=(0, 1), num_questions=3)
     cells = make_cells(load_runs(folder))
     assert [len(each.runs) for each in cells] == [2, 2, 2, 2]
 
 
-def test_a_run_that_repeats_another_is_no_evidence(tmp_path):
+def test_repeated_run_counts_once(tmp_path):
     """Two sweeps with a common cell: it counts once, and the other is named."""
     once = write_sweep(tmp_path / "a", INTERACTION, seeds=(0, 1))
     again = write_cell(tmp_path / "again", config_of("hass", 3, 1), [])
@@ -271,7 +294,7 @@ def test_a_run_that_repeats_another_is_no_evidence(tmp_path):
     assert [effect.p_adjusted for effect in both.comparisons] == [effect.p_adjusted for effect in alone.comparisons]
 
 
-def test_loss_and_compute_have_their_intervals_over_seeds(tmp_path):
+def test_loss_and_compute_have_intervals_over_seeds(tmp_path):
     folder = tmp_path / "runs"
     for seed, loss in enumerate((1.4, 1.5, 1.6)):
         run = write_cell(folder / str(seed), config_of("hass", 3, seed), [f"seed={seed}"], tau=2.0)
@@ -288,8 +311,8 @@ def test_loss_and_compute_have_their_intervals_over_seeds(tmp_path):
     assert alone.value == pytest.approx(1.4) and np.isnan(alone.low)
 
 
-def test_the_exposure_gap_is_of_true_features_against_decoding(tmp_path):
-    """A head that is right at 70 % on true features at every depth, and at 30 % on its own at depth 3, has a gap."""
+def test_exposure_gap_compares_target_features_with_decoding(tmp_path):
+    """A head that is correct at 70 % on target features at all depths, and at 30 % on its own at depth 3, has a gap."""
     run = write_cell(tmp_path / "run", config_of("hass", 3, 0), [])
     write_records(run, np.random.default_rng(0), 0.5, 40)
     old = analyse(load_runs(run)).rows[0]
@@ -319,7 +342,7 @@ def test_better_needs_the_interval_and_the_adjusted_p():
     assert worse.verdict == "worse"
 
 
-def test_the_front_holds_what_nothing_beats(tmp_path):
+def test_pareto_front(tmp_path):
     from types import SimpleNamespace
 
     rows = [SimpleNamespace(tau=SimpleNamespace(value=tau)) for tau in (2.0, 2.5, 2.4, 2.6)]
@@ -335,19 +358,19 @@ def test_why_names_keys_code_and_data_in_one_line(tmp_path, call_command):
         tmp_path / "two", config_of("eagle", 3, 1), [], git_commit="b" * 40, git_dirty=True,
         versions={"torch": "2.12"}, features={"train": "f2"},
     )  # fmt: skip
-    done = call_command("report_command", f"why=[{one},{two}]")
+    done = call_command("report", f"why=[{one},{two}]")
     assert done.code == 0, done.err
     line, last = done.out.strip().splitlines()[-2:]
     assert json.loads(last)["why"] == line
     assert "model.alignment.depth (1 → 3), seed (0 → 1)" in line
-    assert "commit aaaaaaaaaa → bbbbbbbbbb (with changes that are in no commit: two), torch 2.13 → 2.12" in line
+    assert "commit aaaaaaaaaa → bbbbbbbbbb (with uncommitted changes: two), torch 2.13 → 2.12" in line
     assert line.endswith("data: other features (train f1 → f2).")
     same = why_line(read_run(one), read_run(one))
     assert "the same config; code: the same commit aaaaaaaaaa; data: the same features." in same
-    assert call_command("report_command", f"why=[{one}]").code == 1
+    assert call_command("report", f"why=[{one}]").code == 1
 
 
-def test_the_workspace_is_described_in_a_file_where_it_cannot_be_saved(tmp_path, monkeypatch, caplog):
+def test_workspace_is_written_to_a_file_if_it_cannot_be_saved(tmp_path, monkeypatch, caplog):
     study = analyse(load_runs(write_sweep(tmp_path / "s", NULL, num_questions=5)))
     spec = workspace_spec(study, "s", "hass_lightning")
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
@@ -366,7 +389,7 @@ def test_the_workspace_is_described_in_a_file_where_it_cannot_be_saved(tmp_path,
 
 
 def test_the_workspace_is_grouped_by_the_keys_that_differ(tmp_path):
-    """`weight` is the top-K term's, not another's that never changes."""
+    """`weight` is that of the top-K term, not of another term that never changes."""
     cells = []
     for number, (k, weight) in enumerate([(1, 0.1), (1, 2.0), (5, 0.1), (5, 2.0)]):
         config = config_of("hass", 3, 0)
@@ -386,11 +409,12 @@ def test_a_key_that_follows_the_machine_is_compared_by_its_value(tmp_path):
         (runs[-1] / "resume_config.json").write_text(json.dumps(noted))
     first, second, third = map(read_run, runs)
     assert "trainer.max_steps (225 → 150)" in why_line(first, second)
-    assert [len(cell.runs) for cell in analyse([first, second, third]).cells] == [1, 2]  # a seed makes no cell
+    # runs that differ in the seed are one cell
+    assert [len(cell.runs) for cell in analyse([first, second, third]).cells] == [1, 2]
 
 
-def test_the_exposure_gap_is_that_of_the_head_that_was_kept(tmp_path):
-    """The one of the best validation: a last one that is worse was of another head."""
+def test_exposure_gap_is_that_of_the_saved_head(tmp_path):
+    """It is the gap at the best validation; a worse last one belongs to another head."""
     cell = write_cell(tmp_path / "cell", config_of("hass", 3, 0), [])
     lines = [
         "step,val/acceptance_length,val/loss,val/accuracy/step1",
@@ -403,7 +427,7 @@ def test_the_exposure_gap_is_that_of_the_head_that_was_kept(tmp_path):
     assert (row.accuracies, row.loss.value) == ([0.6], 2.0)
 
 
-def test_workspace_and_report_are_built_as_their_classes_take_them(tmp_path):
+def test_workspace_and_report_are_built_with_their_classes(tmp_path):
     pytest.importorskip("wandb_workspaces")
     study = analyse(load_runs(write_sweep(tmp_path / "s", NULL, num_questions=5)))
     spec = workspace_spec(study, "s", "hass_lightning", "someone")
@@ -414,7 +438,7 @@ def test_workspace_and_report_are_built_as_their_classes_take_them(tmp_path):
     assert list(report.blocks[1].items) == spec["claims"]
 
 
-def test_a_login_and_its_default_entity_are_enough_for_the_workspace(tmp_path, monkeypatch):
+def test_login_and_default_entity_suffice_for_the_workspace(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
     import wandb
@@ -439,7 +463,7 @@ def test_a_login_and_its_default_entity_are_enough_for_the_workspace(tmp_path, m
 
 
 def test_cells_of_two_studies_are_named_by_what_differs(tmp_path):
-    """Not by the studies' names, which decide nothing."""
+    """Not by the names of the studies, which have no effect on results."""
     cells = []
     for number, mask in enumerate(("exact", "leaky")):
         config = config_of("hass", 3, 0)

@@ -7,7 +7,8 @@ import math
 import pytest
 from rich.console import Console
 
-from hass_lightning.report.tables import Cell, Column, Table, mean_cell, paper_table, plain_table
+from hass_lightning.report.summary_tables import mean_cell, paper_table, plain_table
+from hass_lightning.report.tables import Cell, Column, Table
 
 
 def row(draft, decoder, benchmark, tau, speed, temperature=0.0, **more):
@@ -18,7 +19,7 @@ def row(draft, decoder, benchmark, tau, speed, temperature=0.0, **more):
 
 
 ONE = (1.0, 1.0, 1.0)
-ROWS = [  # out of order, as a benchmark in random order writes them
+ROWS = [  # not in order, as a benchmark in random order writes them
     row("my_head", "dynamic_tree", "mt_bench", (2.5, 2.3, 2.75), (1.8, 1.6, 2.0), num_identical=19, num_compared=20),
     row("", "autoregressive", "mt_bench", ONE, ONE),
     row("", "autoregressive", "gsm8k", ONE, ONE),
@@ -70,10 +71,10 @@ def test_csv_keeps_all_digits_and_ends():
 def test_plain_table_shows_checks_and_benchmarks():
     text = plain_table(ROWS).markdown()
     assert "| dynamic_tree | mt_bench | 2.50 [2.30, 2.75] | 1.80× [1.60, 2.00] | 30.0 | 20 | 19/20 |" in text
-    assert "fp32" not in text  # nobody checked
+    assert "fp32" not in text  # nothing was checked in fp32
 
 
-def test_keys_appear_where_they_differ():
+def test_columns_appear_for_keys_that_differ():
     sampled = row("other", "chain", "mt_bench", (2.0, 1.9, 2.1), (1.5, 1.4, 1.6), 1.0, rule="sampled")
     headers = [column.header for column in plain_table([*ROWS, sampled]).columns]
     assert headers[:4] == ["draft", "decoder", "T", "benchmark"]
@@ -108,7 +109,7 @@ def test_mean_needs_every_benchmark():
     assert [cell.value for cell in line[1:]] == [None, None, 1.1, 1.4, None, None]
 
 
-def test_mean_interval_is_narrower_by_the_root_of_the_number():
+def test_mean_interval_is_narrower_by_sqrt_n():
     cell = mean_cell([Cell(2.0, 1.6, 2.4)] * 4)
     assert (cell.value, cell.low, cell.high) == (2.0, pytest.approx(1.8), pytest.approx(2.2))
     assert mean_cell([]) == Cell()
@@ -120,12 +121,12 @@ def test_names_are_escaped():
     assert "a|b\\&c\\_\\%" in plain_table(rows).latex()
 
 
-def test_terminal_shows_markup_as_it_is():
+def test_terminal_does_not_interpret_markup():
     rows = [row("[red]x[/red]", "chain", "x", ONE, ONE), row("plain", "chain", "x", ONE, ONE)]
     assert "[red]x[/red]" in printed(plain_table(rows))
 
 
-def test_a_baseline_against_itself_has_no_interval():
+def test_baseline_compared_with_itself_has_no_interval():
     assert Column("x", "x").text(Cell(1.0, 1 - 1e-16, 1 + 1e-15)) == "1.00"
 
 

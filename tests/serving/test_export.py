@@ -1,4 +1,4 @@
-"""hass-export: what each engine's file holds, and every planted fault refused by name."""
+"""hass-export: content of the files of each layout, and planted faults that the export checks must find."""
 
 import json
 import shutil
@@ -15,9 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from hass_lightning.draft import EagleDraft, SavedDraft, import_head, load_draft, save_draft
 from hass_lightning.draft.checkpoint import save_start
 from hass_lightning.serving import PROFILES, RunFacts, export_head
-from hass_lightning.serving.gate import check_export, parity
-from hass_lightning.serving.reference import ReferenceHead, rotary_frequencies
-from hass_lightning.target import TargetModel
+from hass_lightning.serving.export_checks import check_export, parity
+from hass_lightning.serving.reference import ReferenceHead, rope_readings, rotary_frequencies
+from hass_lightning.target_model import TargetModel
 
 LAYER = {
     f"layers.0.{name}.weight"
@@ -43,12 +43,12 @@ def read(folder):
     return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
 
 
-# --- what the files hold ---------------------------------------------------------------------------------------------
+# --- content of the files --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format", PROFILES)
 @pytest.mark.parametrize("fc_bias", [False, True], ids=["no bias", "bias"])
-def test_each_engine_gets_its_own_keys(tiny, tmp_path, format, fc_bias):
+def test_keys_of_each_layout(tiny, tmp_path, format, fc_bias):
     saved, folder = make_head(tiny, fc_bias), tmp_path / "export"
     if format == "vllm" and fc_bias:
         with pytest.raises(ValueError, match=r"format=vllm.*max \|fc\.bias\| = 0\.\d+.*model\.draft\.fc_bias=false"):
@@ -72,14 +72,14 @@ def test_each_engine_gets_its_own_keys(tiny, tmp_path, format, fc_bias):
     assert not [path for path in tmp_path.iterdir() if path != folder]
 
 
-def test_vllm_takes_a_bias_that_is_zero(tiny, tmp_path):
+def test_vllm_layout_drops_a_bias_of_zero(tiny, tmp_path):
     saved = make_head(tiny, fc_bias=True)
     torch.nn.init.zeros_(saved.draft.fc.bias)
     export_head(saved, tiny, "vllm", tmp_path / "export")
     assert set(read(tmp_path / "export")[0]) == KEYS
 
 
-def test_a_hub_export_is_read_back_as_the_same_head(tiny, tmp_path):
+def test_hub_export_round_trip(tiny, tmp_path):
     saved = make_head(tiny, fc_bias=True, token_ids=torch.tensor([1, 5, 9]))
     export_head(saved, tiny, "hub", tmp_path / "export")
     again = load_draft(tmp_path / "export")
@@ -92,7 +92,7 @@ def test_a_hub_export_is_read_back_as_the_same_head(tiny, tmp_path):
         assert torch.equal(value, imported.draft.state_dict()[name])
 
 
-def test_a_pruned_vocabulary_has_a_map_for_sglang_and_a_warning_elsewhere(tiny, tmp_path, caplog):
+def test_pruned_vocabulary_has_a_token_map_for_sglang_and_a_warning_otherwise(tiny, tmp_path, caplog):
     saved = make_head(tiny, token_ids=torch.tensor([1, 5, 9]))
     export_head(saved, tiny, "sglang", tmp_path / "sglang")
     assert torch.load(tmp_path / "sglang" / "hot_token_ids.pt", weights_only=True) == [1, 5, 9]
@@ -106,7 +106,7 @@ def test_a_pruned_vocabulary_has_a_map_for_sglang_and_a_warning_elsewhere(tiny, 
     assert all(torch.equal(value, tensors[name]) for name, value in read(tmp_path / "vllm")[0].items())
 
 
-def test_rope_is_written_in_both_spellings_and_positions_are_the_targets(tiny, tmp_path):
+def test_rope_is_written_in_both_formats_with_the_target_positions(tiny, tmp_path):
     target = TargetModel(deepcopy(tiny.model), tiny.tokenizer, "scaled", tiny.folder)
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, **scaling}
@@ -119,29 +119,34 @@ def test_rope_is_written_in_both_spellings_and_positions_are_the_targets(tiny, t
     assert config["rope_scaling"] == {"rope_type": "llama3", "type": "llama3", **scaling}
     assert config["rope_parameters"] == rope
     assert config["max_position_embeddings"] == 4096
-    for spelling in ("rope_scaling", "rope_parameters"):  # a reader of either gets the same
+    for spelling in ("rope_scaling", "rope_parameters"):  # both formats are read as the same settings
         reader = LlamaConfig.from_dict({key: value for key, value in config.items() if key != spelling})
         assert {key: reader.rope_parameters[key] for key in rope} == rope
 
 
-@pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
 def test_the_second_implementation_knows_the_frequencies(kind):
     rope = {"rope_type": kind, "rope_theta": 10000.0}
     if kind != "default":
         rope["factor"] = 8.0
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = 256
     if kind == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
     config = LlamaConfig(hidden_size=128, num_attention_heads=2, rope_parameters=dict(rope))
-    found = rotary_frequencies({"rope_theta": 10000.0, "rope_scaling": rope}, 64)
-    torch.testing.assert_close(found.float(), LlamaRotaryEmbedding(config).inv_freq, rtol=1e-5, atol=0)
+    own = LlamaRotaryEmbedding(config)
+    for raw in ({"rope_theta": 10000.0, "rope_scaling": rope}, {"rope_parameters": rope}):
+        found, scale = rotary_frequencies(list(rope_readings(raw).values())[-1], 64)
+        torch.testing.assert_close(found.float(), own.inv_freq, rtol=1e-5, atol=0)
+        assert scale == pytest.approx(own.attention_scaling)
 
 
-def test_another_kind_of_rope_is_refused_not_guessed():
+def test_unsupported_rope_type_is_refused():
     with pytest.raises(ValueError, match="rope_type=longrope"):
-        rotary_frequencies({"rope_theta": 1e4, "rope_scaling": {"rope_type": "longrope"}}, 64)
+        rotary_frequencies({"rope_theta": 1e4, "rope_type": "longrope"}, 64)
 
 
-def test_the_dtype_is_the_asked_one_and_an_overflow_is_named(tiny, tmp_path):
+def test_dtype_of_the_file_and_overflow(tiny, tmp_path):
     saved = make_head(tiny)
     export_head(saved, tiny, "vllm", tmp_path / "bf16", dtype="bfloat16")
     tensors, config = read(tmp_path / "bf16")
@@ -223,7 +228,7 @@ def exported(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("fault", "words"), FAULTS.values(), ids=FAULTS)
-def test_a_planted_fault_is_refused_by_name(tiny, exported, tmp_path, fault, words):
+def test_planted_fault_is_refused(tiny, exported, tmp_path, fault, words):
     folder = tmp_path / "copy"
     shutil.copytree(exported.folder, folder)
     fault(folder)
@@ -231,29 +236,29 @@ def test_a_planted_fault_is_refused_by_name(tiny, exported, tmp_path, fault, wor
         check_export(folder, exported.saved, tiny, PROFILES["vllm"], torch.float32)
 
 
-def test_the_eagle_config_must_say_what_the_file_holds(tiny, tmp_path):
+def test_eagle_config_must_agree_about_the_bias(tiny, tmp_path):
     saved = make_head(tiny, fc_bias=True)
     export_head(saved, tiny, "eagle", tmp_path / "eagle")
     config_fault(bias=False)(tmp_path / "eagle")
-    with pytest.raises(ValueError, match=r"bias=False, but the file's fc\.bias says True"):
+    with pytest.raises(ValueError, match=r"bias=False, but for this file it must be True"):
         check_export(tmp_path / "eagle", saved, tiny, PROFILES["eagle"], torch.float32)
 
 
 @pytest.mark.parametrize("key", ["fc.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.gate_proj.weight"])
-def test_a_network_that_computes_something_else_is_noticed(tiny, exported, key):
+def test_different_logits_are_refused(tiny, exported, key):
     reference = ReferenceHead(exported.folder)
     reference.tensors[key] = reference.tensors[key] * 1.01
     with pytest.raises(ValueError, match="computes other logits"):
         parity(reference, exported.saved.draft, tiny, torch.float32)
 
 
-def test_drafts_are_compared_too(tiny, exported, monkeypatch):
-    monkeypatch.setattr("hass_lightning.serving.gate.greedy_chain", lambda *_: [0] * 5)
+def test_different_draft_tokens_are_refused(tiny, exported, monkeypatch):
+    monkeypatch.setattr("hass_lightning.serving.export_checks.greedy_chain", lambda *_: [0] * 5)
     with pytest.raises(ValueError, match=r"drafts \[.*\] after token \d+ instead of \[0, 0, 0, 0, 0\]"):
         parity(ReferenceHead(exported.folder), exported.saved.draft, tiny, torch.float32)
 
 
-def test_a_tensor_that_training_left_alone_is_refused_and_leaves_nothing(tiny, tmp_path):
+def test_untrained_tensor_is_refused_and_no_file_is_left(tiny, tmp_path):
     saved = make_head(tiny)
     save_start(tmp_path / "start.json", saved.draft, "features")
     with torch.no_grad():
@@ -266,8 +271,8 @@ def test_a_tensor_that_training_left_alone_is_refused_and_leaves_nothing(tiny, t
     assert [path.name for path in tmp_path.iterdir()] == ["start.json"]
 
 
-def test_nothing_is_overwritten_and_no_other_word_is_taken(tiny, exported):
-    with pytest.raises(ValueError, match=r"output_dir=.*holds something"):
+def test_non_empty_folder_and_unknown_format_are_refused(tiny, exported):
+    with pytest.raises(ValueError, match=r"output_dir=.*is not empty"):
         export_head(exported.saved, tiny, "vllm", exported.folder)
     with pytest.raises(ValueError, match="format=trt is none of vllm, sglang, eagle, hub"):
         export_head(exported.saved, tiny, "trt", exported.folder)
@@ -284,7 +289,7 @@ TOKEN = "hf_" + "abcdefghij" * 3
 
 @pytest.fixture
 def run(tiny, tmp_path):
-    """A run folder as hass-train leaves it."""
+    """Create a run folder as hass-train writes it."""
     folder = tmp_path / "runs" / "mine"
     saved = make_head(tiny)
     notes = {"target": "tiny", "target_fingerprint": tiny.fingerprint, "loss_terms": {"top_k": 0.1}}
@@ -298,7 +303,7 @@ def run(tiny, tmp_path):
 
 
 def test_hass_export_writes_card_and_manifest_and_uploads_nothing(call_command, run, monkeypatch):
-    monkeypatch.setattr("hass_lightning.export.upload", lambda *_: pytest.fail("uploaded unasked"))
+    monkeypatch.setattr("hass_lightning.commands.export.upload", lambda *_: pytest.fail("uploaded unasked"))
     done = call_command("export", "target=tiny", f"draft={run}", "format=vllm", "output_dir=served")
     assert done.code == 0, done.err
     result = json.loads(done.out.strip().splitlines()[-1])
@@ -316,7 +321,7 @@ def test_hass_export_writes_card_and_manifest_and_uploads_nothing(call_command, 
 
 
 @pytest.mark.slow
-def test_an_upload_is_asked_for_by_name_and_private_at_first(call_command, run, monkeypatch):
+def test_upload_needs_a_name_and_is_private_by_default(call_command, run, monkeypatch):
     asked = []
     hub = SimpleNamespace(
         create_repo=lambda name, **options: asked.append((name, options)),
@@ -333,7 +338,7 @@ def test_an_upload_is_asked_for_by_name_and_private_at_first(call_command, run, 
 
 
 @pytest.mark.slow
-def test_a_trained_head_exports_and_was_compared_with_its_beginning(call_command):
+def test_trained_head_is_compared_with_its_initial_values(call_command):
     few = ("trainer.max_steps=6", "data.source.num_questions=20", "callbacks.decoding=null", "logger=csv")
     done = call_command("train", "experiment=smoke", *few)
     assert done.code == 0, done.err

@@ -1,4 +1,4 @@
-"""What the tests of training share: the toy corpus, its features extracted once a file."""
+"""Fixtures for the tests of training: the toy corpus, with features extracted once per file."""
 
 import pytest
 from training_toys import make_data
@@ -6,7 +6,7 @@ from training_toys import make_data
 
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory):
-    """Where the features of this file's tests lie."""
+    """The folder for the features of this file's tests."""
     return tmp_path_factory.mktemp("features")
 
 

@@ -1,4 +1,4 @@
-"""Trains a toy through a file of conf/trainer, as a script, because multi-process strategies start their script again.
+"""Train a toy model with a file of conf/trainer. A script, because multi-process strategies run their script again.
 
 python strategy_toy.py TRAINER FOLDER MAX_EPOCHS [CHECKPOINT] [OVERRIDE ...]
 """
@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from hass_lightning.cli import config_folder
+from hass_lightning.runs.config import config_folder
 from hass_lightning.training.strategy import check_trainer_config
 
 
@@ -54,7 +54,8 @@ def main(trainer_name: str, folder: str, max_epochs: str, checkpoint: str = "", 
         )
     check_trainer_config(config.trainer)
     L.seed_everything(0)
-    trainer = instantiate(config.trainer, logger=False, callbacks=[])
+    settings = {key: value for key, value in config.trainer.items() if key != "rendezvous_timeout"}
+    trainer = instantiate(settings, logger=False, callbacks=[])
     data = torch.utils.data.DataLoader(torch.randn(32, 8), batch_size=4, shuffle=False)
     model = Toy()
     trainer.fit(model, data, ckpt_path=checkpoint or None)

@@ -1,4 +1,4 @@
-"""The callbacks on a small run: what they save, what they log, what they refuse."""
+"""The callbacks on a small run: what they save, log and refuse."""
 
 import csv
 import json
@@ -51,12 +51,12 @@ def test_a_run_saves_its_best_head_and_logs_speed_and_decoding(tiny, data, tmp_p
     assert saved.notes["loss_terms"] == {"feature": 1.0, "soft_ce": 0.1, "top_k": 1.0}
     values = [float(row["val/acceptance_length"]) for row in logged if row.get("val/acceptance_length")]
     assert saved.notes["val/acceptance_length"] == pytest.approx(max(values))
-    # training went on in training mode after decoding, on weights that decoding did not touch
+    # after decoding, training continued in training mode, and decoding did not change the weights
     assert module.training
     assert all(p.requires_grad for p in module.draft.parameters())
 
 
-def test_decoding_between_changes_nothing_of_the_training(tiny, data, tmp_path):
+def test_decoding_during_training_does_not_change_training(tiny, data, tmp_path):
     heads = []
     for every in (0, 1):
         callback = DecodingBenchmark(TREE, num_prompts=1, max_new_tokens=4, every_n_validations=every)
@@ -97,7 +97,7 @@ def test_decoding_while_training_is_refused_under_zero_3(tiny):
     DecodingBenchmark(TREE).setup(trainer, None, "fit")
 
 
-def test_a_measurement_compares_with_token_by_token_and_checks_in_fp32(tiny, data, tmp_path):
+def test_measurement_compares_with_autoregressive_decoding_and_checks_in_fp32(tiny, data, tmp_path):
     data.tokens()
     module = make_module(tiny)
     from hass_lightning.draft import save_draft

@@ -1,4 +1,4 @@
-"""Budgets: FLOPs against PyTorch's own count, steps that a budget buys, and a run that ends where its budget does."""
+"""Budgets: FLOPs against PyTorch's count, the number of steps of a budget, and a run that ends with its budget."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -9,11 +9,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.flop_counter import FlopCounterMode
 from training_toys import make_module, smoke_config
 
-from hass_lightning.data.datamodule import FeatureDataset, collate
+from hass_lightning.data.batches import FeatureDataset, collate
 from hass_lightning.draft import Alignment
 from hass_lightning.draft.alignment import needed_rows
-from hass_lightning.train import make_trainer
 from hass_lightning.training.compute import BatchShape, RunCost, step_flops
+from hass_lightning.training.from_config import make_trainer
 
 
 def scores_and_values(q, k, *rest, out_shape=None, **options):
@@ -24,7 +24,7 @@ def backward_of_them(gradient, q, k, *rest, out_shape=None, **options):
     return 2 * scores_and_values(q, k)
 
 
-# the CPU's flash attention is the one kernel of ours that PyTorch's counter does not know
+# the CPU's flash attention is the only kernel that PyTorch's counter does not know
 aten = torch.ops.aten
 KERNELS = {
     aten._scaled_dot_product_flash_attention_for_cpu: scores_and_values,
@@ -44,25 +44,25 @@ def test_flops_are_within_5_percent_of_pytorchs_count(tiny, data, alignment):
     dataset = FeatureDataset(data.stores()[0])
     batch, inputs = collate([dataset[index] for index in range(6)])
     wanted = batch.target_ids[:, 1:][batch.loss_mask[:, :-1]]
-    module = make_module(tiny, token_ids=wanted.unique())  # nothing that is asked for is pruned
+    module = make_module(tiny, token_ids=wanted.unique())  # the pruned vocabulary contains all labels
     module.alignment = alignment
     with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
         module.aligned_loss(batch, inputs).total.backward()
     mask = batch.loss_mask[:, :-1]
     shape = BatchShape(*batch.input_ids.shape, int(mask.sum()), int(needed_rows(mask, alignment.depth).sum()))
-    ours = step_flops(module.draft.config, len(module.vocabulary), shape, alignment)
+    ours = step_flops(module.draft.products(), len(module.vocabulary), shape, alignment)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def cost(tiny, data, depth=3, accumulate=1):
     module = make_module(tiny, depth=depth)
-    head = (module.draft.config, len(module.vocabulary), module.planned_alignment)
+    head = (module.draft.products(), len(module.vocabulary), module.planned_alignment)
     return RunCost(data.tokens()[0], data.batch_size, data.seed, accumulate, *head)
 
 
 @pytest.mark.parametrize("depth", [1, {0: 1, 0.5: 3}], ids=["constant", "scheduled"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_budget_buys_as_many_steps_as_fit(tiny, data, depth, accumulate):
+def test_budget_gives_the_largest_number_of_steps_that_fits(tiny, data, depth, accumulate):
     run = cost(tiny, data, depth, accumulate)
     for wanted in (1, 2, 7, 16):
         tokens, flops = run.tokens(wanted), run.flops(wanted)
@@ -86,7 +86,7 @@ def test_depths_of_the_same_compute_differ_in_steps(tiny, data):
         one.steps_within(None, tokens=-1)
 
 
-def test_a_run_ends_with_its_budget_and_logs_what_it_spent(tiny, data, tmp_path):
+def test_run_ends_with_its_budget_and_logs_its_compute(tiny, data, tmp_path):
     config = deepcopy(smoke_config())
     run = cost(tiny, data)
     config.compute.tokens = run.tokens(7)
@@ -103,7 +103,7 @@ def test_a_run_ends_with_its_budget_and_logs_what_it_spent(tiny, data, tmp_path)
     assert logged["compute/tokens"] == run.tokens(7)
     assert logged["compute/flops"] == pytest.approx(run.flops(7), rel=1e-6)  # logged in float32
     assert 0 < logged["compute/seconds"] < 600
-    assert module.example_tokens == run.tokens(7)  # what the module itself has counted
+    assert module.example_tokens == run.tokens(7)  # counted by the module
     config.compute.tokens, config.compute.seconds = None, 1e-3
     config.trainer.max_steps = 7
     short = make_trainer(config, data, [], [logger], make_module(tiny))

@@ -1,6 +1,6 @@
-"""Every family of targets through the whole path: features, training, lossless decoding, export, reload.
+"""Every family of targets through the whole pipeline: features, training, lossless decoding, export, reload.
 
-Small random models: what differs between the families is the target, never the head, which is always a Llama layer.
+Small random models: the families differ in the target, never in the head, which is always a Llama layer.
 """
 
 import json
@@ -15,8 +15,8 @@ from hass_lightning.data.tokens import encode_prompt
 from hass_lightning.decoding import Autoregressive, DecodingModels, DynamicTree
 from hass_lightning.draft import SavedDraft, import_head, load_draft
 from hass_lightning.serving import export_head
-from hass_lightning.target import TargetModel
-from hass_lightning.target.tiny import byte_tokenizer
+from hass_lightning.target_model import TargetModel
+from hass_lightning.target_model.tiny import byte_tokenizer
 from hass_lightning.types import Message
 
 SIZES = {
@@ -48,7 +48,7 @@ SHARDED = ("LLaMA 3", "Qwen2", "Qwen3, tied")
 
 
 def make_target(folder, config, sharded=False):
-    """A random model on disk; every parameter is random (biases and norms of q and k start as zeros and ones)."""
+    """Write a random model to disk; every parameter is random (biases and norms of q and k start as zeros and ones)."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_the_whole_path(tmp_path, family):
     target = TargetModel.load(make_target(tmp_path / "target", config, family in SHARDED), family, dtype="float32")
     if config.model_type in ("qwen2", "qwen3"):
         assert any(name.endswith(("q_proj.bias", "q_norm.weight")) for name, _ in target.model.named_parameters())
-    # features are what the model's own head reads
+    # features are the inputs of the model's LM head
     ids = torch.tensor([[5, 9, 100, 31, 77]])
     with torch.no_grad():
         torch.testing.assert_close(target.head.logits(target.encode(ids)), target.model(ids).logits)
@@ -91,7 +91,7 @@ def test_the_whole_path(tmp_path, family):
     prompt = encode_prompt(target.tokenizer, [Message("system", "be kind"), Message("user", "the cat sat")])
     plain = Autoregressive().generate(models, prompt, 20)
     assert DynamicTree(8, 3, 2).generate(models, prompt, 20).token_ids == plain.token_ids
-    # out to each engine, and back in
+    # export to each engine, and read back
     saved = SavedDraft(draft, None, {})
     for format in ("vllm", "sglang", "eagle", "hub"):
         export_head(saved, target, format, tmp_path / format)

@@ -1,4 +1,4 @@
-"""HassModule: the mean over all rows, what is logged, what stops it, and that it learns."""
+"""HassModule: the mean over all loss positions, logged values, errors, and that it learns."""
 
 from functools import partial
 from itertools import pairwise
@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from training_toys import make_data, make_module, make_small_trainer
 
-from hass_lightning.data.datamodule import FeatureDataset, collate
+from hass_lightning.data.batches import FeatureDataset, collate
 from hass_lightning.losses import FeatureRegression, LossTerm
 from hass_lightning.training.last_checkpoint import LastCheckpoint
 from hass_lightning.training.module import Schedule
@@ -19,14 +19,14 @@ from hass_lightning.training.module import Schedule
 
 @pytest.fixture
 def batches(data):
-    """Two batches of unlike sizes, and both in one."""
+    """Return two batches of different sizes, and both in one."""
     dataset = FeatureDataset(data.stores()[0])
     rows = [dataset[index] for index in range(6)]
     return collate(rows[:2]), collate(rows[2:]), collate(rows)
 
 
 def step(module, batch, world_size=1, global_rows=None):
-    """One training step with a stand-in for the trainer; the gradient and what was logged."""
+    """Run one training step with a mock trainer; return the gradient and the logged values."""
     logged = {}
     rows = int(batch[0].loss_mask[:, :-1].sum()) if global_rows is None else global_rows
     module._trainer = SimpleNamespace(
@@ -52,8 +52,8 @@ def test_two_processes_have_the_gradient_of_one_with_both_batches(tiny, batches)
         torch.testing.assert_close((a + b) / 2, c, atol=1e-6, rtol=1e-4)
 
 
-def test_a_bucket_of_sequences_has_the_loss_and_gradient_of_each_alone(tiny, data):
-    """Padding, neighbours and chunks change nothing: no diagonal and no causal column leaves its sequence."""
+def test_bucket_has_the_loss_and_gradient_of_its_single_sequences(tiny, data):
+    """Padding, other sequences and chunks have no effect: no diagonal and no causal column leaves its sequence."""
     dataset = FeatureDataset(data.stores()[0])
     rows = [dataset[index] for index in range(5)]
     module = make_module(tiny)
@@ -68,7 +68,7 @@ def test_a_bucket_of_sequences_has_the_loss_and_gradient_of_each_alone(tiny, dat
 @pytest.mark.slow
 def test_a_compiled_head_has_the_same_gradient_and_the_same_files(tiny, batches):
     module, compiled = make_module(tiny), make_module(tiny, compile=True)
-    for batch in batches:  # several numbers of rows
+    for batch in batches:  # different numbers of loss positions
         for a, b in zip(step(module, batch)[0], step(compiled, batch)[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert compiled.draft.layer.mlp._compiled_call_impl is not None
@@ -76,7 +76,7 @@ def test_a_compiled_head_has_the_same_gradient_and_the_same_files(tiny, batches)
 
 
 def test_accumulated_batches_have_the_gradient_of_one_large_batch(tiny, data_folder, tmp_path):
-    """The mean is over all rows of the step, not a mean of means; SGD shows the scale, Adam would hide it."""
+    """The mean is over all loss positions of the step, not a mean of means. SGD shows the scale; Adam would hide it."""
     data = make_data(tiny, data_folder, batch_size=2)
     module = make_module(tiny, schedule=Schedule(warmup_fraction=0, decay="constant"))
     module.make_optimizer = partial(torch.optim.SGD, lr=1.0)
@@ -93,7 +93,7 @@ def test_accumulated_batches_have_the_gradient_of_one_large_batch(tiny, data_fol
         torch.testing.assert_close(step, value.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_the_logged_loss_is_the_weighted_mean_over_rows_summed_over_steps(tiny, batches):
+def test_logged_loss_is_the_weighted_mean_over_loss_positions_summed_over_steps(tiny, batches):
     module = make_module(tiny, depth=2)
     _, logged = step(module, batches[2])
     terms = {"feature": 1.0, "soft_ce": 0.1, "top_k": 1.0}
@@ -104,7 +104,7 @@ def test_the_logged_loss_is_the_weighted_mean_over_rows_summed_over_steps(tiny, 
     assert module.example_tokens == int(batches[2][0].loss_mask.sum())
 
 
-def test_rows_that_pruning_drops_are_left_out_and_counted(tiny, batches):
+def test_positions_dropped_by_pruning_are_excluded_and_counted(tiny, batches):
     batch, _ = batches[2]
     wanted = batch.target_ids[:, 1:][batch.loss_mask[:, :-1]]
     kept = wanted.unique()[::2]
@@ -114,14 +114,14 @@ def test_rows_that_pruning_drops_are_left_out_and_counted(tiny, batches):
     assert 0 < dropped < len(wanted)
     assert float(logged["train/dropped_rows"]) == pytest.approx(dropped / len(wanted))
     assert module.example_tokens == len(wanted) - dropped
-    # the same rows unmarked by hand give the same step
+    # the same positions removed from the loss mask by hand give the same step
     by_hand = collate([FeatureDataset.__getitem__(SimpleNamespace(store=s, noise=0), 0) for s in [_Row(batch, kept)]])
     assert int(by_hand[0].loss_mask.sum()) <= len(wanted)
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
 class _Row:
-    """The first sequence of a batch with the rows unmarked whose target argmax is not kept."""
+    """The first sequence of a batch without the loss positions whose target argmax is not in the draft vocabulary."""
 
     ids = ("x",)
 
@@ -136,7 +136,7 @@ class _Row:
         return {name: getattr(self.batch, name)[0, :length] for name in names} | {"loss_mask": mask}
 
 
-def test_a_batch_without_a_row_is_a_step_of_zero(tiny, batches):
+def test_batch_without_loss_positions_gives_a_zero_step(tiny, batches):
     batch, inputs = batches[0]
     batch.loss_mask[:] = False
     gradients, logged = step(make_module(tiny), (batch, inputs))
@@ -144,7 +144,7 @@ def test_a_batch_without_a_row_is_a_step_of_zero(tiny, batches):
     assert not any(gradient.any() for gradient in gradients)
 
 
-def test_it_learns(tiny, data, tmp_path):
+def test_training_reduces_the_loss(tiny, data, tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     module = make_module(tiny)
     trainer = make_small_trainer(data, tmp_path, loggers=[logger], max_steps=60, max_epochs=None, val_check_interval=30)
@@ -155,7 +155,8 @@ def test_it_learns(tiny, data, tmp_path):
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     after = trainer.callback_metrics
     assert after["val/loss"] < 0.8 * before["val/loss"]
-    accuracy = column(tmp_path, "train/accuracy/step1")  # of the target's argmax; the words here are not its own
+    # accuracy of the target's argmax; the text was not generated by the target
+    accuracy = column(tmp_path, "train/accuracy/step1")
     assert sum(accuracy[-5:]) > sum(accuracy[:5]) + 0.5
     survival = [float(after[f"val/survival/step{j}"]) for j in range(1, 6)]
     assert survival == sorted(survival, reverse=True)
@@ -192,7 +193,7 @@ def test_validation_unrolls_to_one_depth_whatever_the_training_depth(tiny, data,
 
 
 class Breaks(LossTerm):
-    """Not a number from the `at`-th step on, in alignment step 2."""
+    """Returns NaN from step `at` on, in alignment step 2."""
 
     def __init__(self, at):
         super().__init__()
@@ -204,7 +205,7 @@ class Breaks(LossTerm):
         return value * float("nan") if rows.step == 2 and self.calls > self.at else value
 
 
-def test_a_loss_that_is_no_number_stops_with_step_and_term_and_keeps_the_checkpoint(tiny, data, tmp_path):
+def test_nan_loss_stops_with_step_and_term_and_keeps_the_checkpoint(tiny, data, tmp_path):
     module = make_module(tiny, terms={"feature": FeatureRegression(), "mine": Breaks(7)})
     saver = LastCheckpoint(tmp_path, every_n_train_steps=2)
     trainer = make_small_trainer(data, tmp_path, [saver], max_steps=20, max_epochs=None, val_check_interval=100)
@@ -215,7 +216,7 @@ def test_a_loss_that_is_no_number_stops_with_step_and_term_and_keeps_the_checkpo
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
 
 
-def test_a_feature_that_is_no_number_is_noticed(tiny, data, tmp_path, monkeypatch):
+def test_nan_feature_is_detected(tiny, data, tmp_path, monkeypatch):
     original = FeatureDataset.__getitem__
 
     def planted(self, key):
@@ -290,9 +291,13 @@ def test_warm_up_then_decay(decay):
 def test_a_schedule_of_one_step():
     assert Schedule().factor(0, 1) == 1.0
     assert Schedule(warmup_fraction=0).factor(0, 1) == 1.0
+    assert Schedule(warmup_fraction=0, warmup_start="zero").factor(0, 1) == 1.0
 
 
-@pytest.mark.parametrize("option", [{"decay": "exponential"}, {"warmup_fraction": 1.0}, {"warmup_fraction": -0.1}])
-def test_a_schedule_without_sense_names_the_key(option):
+@pytest.mark.parametrize(
+    "option",
+    [{"decay": "exponential"}, {"warmup_fraction": 1.0}, {"warmup_fraction": -0.1}, {"warmup_start": "nought"}],
+)
+def test_invalid_schedule_names_the_key_of_the_model(option):
     with pytest.raises(ValueError, match=f"model.schedule.{next(iter(option))}"):
         Schedule(**option)

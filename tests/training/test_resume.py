@@ -1,4 +1,4 @@
-"""A resumed run equals the uninterrupted one to the last bit, wherever it was stopped."""
+"""A resumed run equals the uninterrupted one bitwise, wherever it was interrupted."""
 
 import errno
 import os
@@ -10,8 +10,8 @@ import pytest
 import torch
 from training_toys import make_data, make_module, make_small_trainer
 
-from hass_lightning.ledger import REQUEUE_EXIT_CODE
 from hass_lightning.losses import SoftCrossEntropy, TopK
+from hass_lightning.runs.ledger import REQUEUE_EXIT_CODE
 from hass_lightning.training.callbacks import SaveBestDraft
 from hass_lightning.training.last_checkpoint import LastCheckpoint, find_last_checkpoint
 
@@ -19,7 +19,7 @@ NUM_STEPS = 12
 
 
 def state(trainer, module):
-    """Everything that decides how training goes on, and the last validation."""
+    """Return the complete training state and the last validation."""
     optimizer = trainer.optimizers[0].state_dict()
     flat = {f"model.{name}": value for name, value in module.state_dict().items()}
     for number, values in optimizer["state"].items():
@@ -31,7 +31,7 @@ def state(trainer, module):
 
 
 class KeepsAll(LastCheckpoint):
-    """A copy of each last.ckpt, as a kill at that moment would leave it."""
+    """Keeps a copy of each last.ckpt, as a kill at that moment would leave it."""
 
     def _save(self, trainer):
         super()._save(trainer)
@@ -53,18 +53,19 @@ def run(tiny, cache, folder, accumulate=1, noise=0.1, checkpoint=None, seed=0):
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["", "accumulated"])
 def whole(request, tiny, tmp_path_factory):
-    """The uninterrupted run: (accumulate, cache, folder with a checkpoint a step, final state)."""
+    """The uninterrupted run: (accumulate, cache, folder with a checkpoint per step, final state)."""
     cache, folder = tmp_path_factory.mktemp("features"), tmp_path_factory.mktemp("whole")
     return request.param, cache, folder, run(tiny, cache, folder, request.param)
 
 
-# 4 and 6 lie in the middle, 5 and 10 where validation runs, an epoch of 10 batches ends at step 10 (or inside a step)
+# 4 and 6 are between validations, 5 and 10 are validated; an epoch of 10 batches ends at step 10 (or within a step)
 @pytest.mark.parametrize("step", [4, 5, 11, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 6, 10))])
-def test_resumed_is_uninterrupted_to_the_last_bit(whole, tiny, tmp_path, step):
+def test_resumed_equals_uninterrupted_bitwise(whole, tiny, tmp_path, step):
     accumulate, cache, folder, expected = whole
     checkpoint = str(folder / "checkpoints" / f"step{step}.ckpt")
+    shutil.copytree(folder / "draft", tmp_path / "draft")  # a run resumes next to its best head
     resumed = run(tiny, cache, tmp_path, accumulate, checkpoint=checkpoint, seed=5)
-    if step >= 10:  # no validation is left to run: it was before the checkpoint
+    if step >= 10:  # no validation is left to run: the last one was before the checkpoint
         expected = {name: value for name, value in expected.items() if not name.startswith("val/")}
     assert set(resumed) == set(expected)
     different = [name for name in expected if not torch.equal(resumed[name], expected[name])]
@@ -72,7 +73,7 @@ def test_resumed_is_uninterrupted_to_the_last_bit(whole, tiny, tmp_path, step):
 
 
 def scheduled_run(tiny, cache, folder, checkpoint=None, seed=0):
-    """Depth 1 with soft cross-entropy alone, then depth 3 with top-K as well: the two stages as one run."""
+    """Depth 1 with soft cross-entropy only, then depth 3 with top-K: the two stages as one run."""
     data = make_data(tiny, cache, noise=0.1, batch_size=2)
     every = KeepsAll(folder / "checkpoints", every_n_train_steps=1)
     trainer = make_small_trainer(data, folder, [every], max_steps=6, max_epochs=None, val_check_interval=3)
@@ -83,7 +84,7 @@ def scheduled_run(tiny, cache, folder, checkpoint=None, seed=0):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_where_its_schedules_are(tiny, features, tmp_path):
+def test_resumed_run_restores_its_schedules(tiny, features, tmp_path):
     expected, module = scheduled_run(tiny, features, tmp_path)
     assert (module.alignment.depth, module.loss.terms["top_k"].weight, module.loss.terms["top_k"].k) == (3, 1, 8)
     assert "val/top_k/step3" in expected
@@ -112,7 +113,7 @@ def features(tmp_path_factory):
 
 
 class Stops(L.Callback):
-    """Something happens once at a step: at the start of its first batch, or in its validation."""
+    """Calls a function once at a step: at the start of its first batch, or in its validation."""
 
     def __init__(self, action, at=4, in_validation=False):
         self.action, self.at, self.in_validation, self.done = action, at, in_validation, False
@@ -141,7 +142,7 @@ def saved_step(folder):
 
 
 class KilledError(BaseException):
-    """Stands for a kill: nothing catches it."""
+    """Represents a kill: nothing catches it."""
 
 
 def kill():
@@ -150,7 +151,7 @@ def kill():
 
 @pytest.mark.parametrize(("at", "in_validation", "step"), [(4, False, 4), (5, False, 5), (10, True, 8), (5, True, 4)])
 def test_a_kill_leaves_the_checkpoint_before_it(tiny, features, tmp_path, at, in_validation, step):
-    """The step of a validation is saved after it: killed inside, the run validates again."""
+    """The step of a validation is saved after it: if killed during the validation, the run validates again."""
     with pytest.raises(KilledError):
         stopped(tiny, features, tmp_path, Stops(kill, at, in_validation))
     assert saved_step(tmp_path) == step
@@ -168,19 +169,20 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_very_step(tiny, features, tmp_path, a
     with pytest.raises(SystemExit):
         stopped(tiny, features, tmp_path, Stops(interrupt, at, in_validation), every=100, accumulate=accumulate)
     assert saved_step(tmp_path) == step
-    signal.signal(signal.SIGINT, before)  # Lightning ignores it from here on
+    signal.signal(signal.SIGINT, before)  # Lightning then ignores it
 
 
-def test_sigterm_saves_this_step_and_asks_to_be_started_again(tiny, features, tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
+def test_sigterm_saves_this_step_and_requests_a_restart(tiny, features, tmp_path):
+    before, interrupt = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as ended:
         stopped(tiny, features, tmp_path, Stops(lambda: os.kill(os.getpid(), signal.SIGTERM), 7), every=100)
+    signal.signal(signal.SIGINT, interrupt)  # ignored from then on: Ctrl-C does not change the exit code
     assert ended.value.code == REQUEUE_EXIT_CODE
     assert saved_step(tmp_path) == 8
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_sigint_is_given_back_after_a_run(tiny, features, tmp_path):
+def test_sigint_handler_is_restored_after_a_run(tiny, features, tmp_path):
     before = signal.getsignal(signal.SIGINT)
     stopped(tiny, features, tmp_path)
     assert signal.getsignal(signal.SIGINT) is before
@@ -212,7 +214,7 @@ DAMAGES = {"a byte": flip_a_byte, "cut": lambda content: content[:-1000], "empty
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(whole, tmp_path, caplog, damage):
+def test_damaged_checkpoint_is_named_and_the_previous_one_used(whole, tmp_path, caplog, damage):
     _, _, folder, _ = whole
     for step, name in (("4", "last.ckpt.old"), ("5", "last.ckpt")):
         shutil.copy(folder / "checkpoints" / f"step{step}.ckpt", tmp_path / name)
@@ -228,7 +230,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(whole, tmp_pa
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")]
 )
-def test_a_full_disk_while_saving_is_one_sentence_and_keeps_the_old_checkpoint(
+def test_full_disk_while_saving_is_one_sentence_and_keeps_the_old_checkpoint(
     tiny, features, tmp_path, monkeypatch, error
 ):
     original = L.Trainer.save_checkpoint
@@ -240,7 +242,7 @@ def test_a_full_disk_while_saving_is_one_sentence_and_keeps_the_old_checkpoint(
             raise error
 
     monkeypatch.setattr(L.Trainer, "save_checkpoint", full)
-    with pytest.raises(ValueError, match=r"last\.ckpt\.new could not be written.*free disk space.*goes on from there"):
+    with pytest.raises(ValueError, match=r"last\.ckpt\.new could not be written.*free disk space.*resumes from it"):
         stopped(tiny, features, tmp_path)
     assert saved_step(tmp_path) == 5
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]

@@ -1,4 +1,4 @@
-"""Simulated acceptance equals a slow loop that drafts every chain by itself."""
+"""Simulated acceptance equals a slow loop that drafts every chain separately."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ WHOLE = torch.tensor([16, 16])
 
 
 def slow_counts(draft, head, vocabulary, input_ids, features, loss_mask, lengths, depth):
-    """Chain by chain, drafting as decoding does: true features up to the start, then the head's own."""
+    """Draft chain by chain as in decoding: target features up to the start, then predicted features."""
     counts = {"starts": 0} | {
         f"{n}{j}": 0 for n in ("hits", "survived", "reached", "forced") for j in range(1, depth + 1)
     }
@@ -18,7 +18,7 @@ def slow_counts(draft, head, vocabulary, input_ids, features, loss_mask, lengths
     asked = [[bool(loss_mask[b, t]) and t < lengths[b] - 2 for t in range(length - 2)] for b in range(batch)]
 
     def true_hit(b, row):
-        """Whether the head is right at a row that has seen true features alone."""
+        """Return whether the head is right at a position where it has read target features only."""
         estimate = draft(head.embed(input_ids[b, 1 : row + 2])[None], features[b : b + 1, : row + 1])[0, row]
         return int(vocabulary.to_token_ids(vocabulary.logits(estimate).argmax(-1))) == int(input_ids[b, row + 2])
 
@@ -33,7 +33,7 @@ def slow_counts(draft, head, vocabulary, input_ids, features, loss_mask, lengths
                     break
                 if row < 0:
                     continue
-                if row >= len(rows):  # rows before any prediction hold the first true feature
+                if row >= len(rows):  # positions before any prediction have the first target feature
                     rows.append(features[b, 0] if row == 0 else estimate)  # noqa: F821
                 embeddings = head.embed(input_ids[b, 1 : row + 2])
                 estimate = draft(embeddings[None], torch.stack(rows[: row + 1])[None])[0, row]
@@ -49,7 +49,7 @@ def slow_counts(draft, head, vocabulary, input_ids, features, loss_mask, lengths
 
 @pytest.fixture
 def batch(tiny):
-    """Answers that the head sometimes guesses: two sequences, two answers in one of them, padding in the other."""
+    """Answers that the head sometimes predicts: two sequences, one with two answers, one with padding."""
     torch.manual_seed(1)
     input_ids = torch.randint(3, 250, (2, 16))
     loss_mask = torch.zeros(2, 16, dtype=torch.bool)
@@ -58,7 +58,7 @@ def batch(tiny):
 
 
 def guessed(module, input_ids, features, loss_mask, depth):
-    """The batch with some answer tokens replaced by what the head proposes, so that chains of all lengths occur."""
+    """Return the batch with some answer tokens replaced by the head's predictions, so chains of all lengths occur."""
     input_ids = input_ids.clone()
     draw = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -86,12 +86,12 @@ def test_counts_equal_the_slow_loop(tiny, batch, depth, pruned, chunk_rows):
     assert 0 < counts["survived1"] == counts["hits1"] < counts["starts"]
 
 
-def test_an_answer_counts_the_same_beside_a_longer_one(tiny, batch):
-    """The last row of an answer that was cut off has no next token to hit, with padding behind it or not."""
+def test_padding_does_not_change_the_counts_of_an_answer(tiny, batch):
+    """The last position of a truncated answer has no next token to hit, with or without padding after it."""
     module = make_module(tiny)
     input_ids, features, loss_mask = batch
     loss_mask[1, 8:] = False
-    loss_mask[1, 2:8] = True  # cut at token 8: row 7 predicts a token that nobody wrote
+    loss_mask[1, 2:8] = True  # truncated at token 8: position 7 predicts a token that does not exist
     parts = (module.draft, module.head, module.vocabulary)
     both = simulated_hits(*parts, input_ids, features, loss_mask, torch.tensor([16, 9]), 3)
     alone = [
@@ -105,8 +105,8 @@ def test_an_answer_counts_the_same_beside_a_longer_one(tiny, batch):
     assert int(alone[1]["starts"]) == 5
 
 
-def test_a_head_that_is_always_right_survives_to_the_end_of_the_answer(tiny, batch, monkeypatch):
-    """Every hit planted: a chain from s lives min(depth, rows left), so the end of the answer is what stops it."""
+def test_perfect_head_survives_to_the_end_of_the_answer(tiny, batch, monkeypatch):
+    """With every prediction right, a chain from s has length min(depth, positions left)."""
     input_ids, features, loss_mask = batch
     loss_mask = torch.zeros_like(loss_mask)
     loss_mask[0, 4:10] = True
@@ -128,7 +128,7 @@ def test_a_head_that_is_always_right_survives_to_the_end_of_the_answer(tiny, bat
     }  # fmt: skip
 
 
-def test_no_answer_is_no_chain(tiny, batch):
+def test_sequence_without_an_answer_has_no_chain(tiny, batch):
     input_ids, features, loss_mask = batch
     module = make_module(tiny)
     counts = simulated_hits(

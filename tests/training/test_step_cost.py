@@ -1,4 +1,4 @@
-"""What a training step costs: the losses and gradients of the plain form, without its tensors."""
+"""Cost of a training step: the losses and gradients of a naive implementation without its large tensors."""
 
 from math import prod
 
@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from hass_lightning.draft import Alignment, EagleDraft
 from hass_lightning.losses import DraftLoss, FeatureRegression, SoftCrossEntropy, TopK
-from hass_lightning.target.head import TargetHead
+from hass_lightning.target_model.lm_head import TargetHead
 from hass_lightning.training.module import HassModule
 from hass_lightning.types import FeatureBatch
 from live_tensors import Shapes
@@ -18,7 +18,7 @@ LENGTH, VOCAB, HIDDEN = 160, 4096, 32
 
 
 def make(depth, chunk_rows=None, vocab=VOCAB, length=LENGTH, batch=2):
-    """A module on random ends, and a batch of random features of which every third row does not count."""
+    """Return a module on a random embedding and LM head, and a random batch without every third position."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
@@ -35,8 +35,8 @@ def make(depth, chunk_rows=None, vocab=VOCAB, length=LENGTH, batch=2):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
-def test_loss_and_gradient_are_those_of_the_plain_form(depth):
-    """`benchmarks/naive_hass.py` projects every band again, stacks all scores and has a backward a step."""
+def test_loss_and_gradient_equal_the_naive_implementation(depth):
+    """`benchmarks/naive_hass.py` projects every band again, materializes all scores and runs one backward per step."""
     module, batch = make(depth, vocab=211, length=40)
     module.double()
     module.head = module.head.to(dtype=torch.float64)
@@ -54,7 +54,7 @@ def test_loss_and_gradient_are_those_of_the_plain_form(depth):
 
 
 @pytest.mark.parametrize("depth", [1, 3, 5])
-def test_no_tensor_of_rows_by_vocabulary_or_of_length_by_length_is_made(depth):
+def test_no_tensor_of_positions_by_vocabulary_or_length_by_length_is_created(depth):
     """Forward and backward of a whole step; the largest tensor does not grow with the depth."""
     chunk_rows = 24
     module, batch = make(depth, chunk_rows)
@@ -71,8 +71,8 @@ def test_no_tensor_of_rows_by_vocabulary_or_of_length_by_length_is_made(depth):
     assert shapes.largest == VOCAB * HIDDEN  # the LM head itself
 
 
-def test_the_plain_form_does_make_them():
-    """So the test above can fail."""
+def test_naive_implementation_creates_them():
+    """Otherwise the test above could not fail."""
     module, batch = make(3)
     parts = (batch.features[:, :-1], batch.features[:, 1:], batch.loss_mask[:, :-1])
     with Shapes() as shapes:

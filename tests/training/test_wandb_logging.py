@@ -18,7 +18,7 @@ CURVES = {"train/loss", "train/top_k/step1", "val/acceptance_length", "val/survi
 
 
 def logged(folder: Path) -> dict[str, list[dict]]:
-    """The records of a run's .wandb file by type, as the official reader gives them."""
+    """Return the records of a run's .wandb file by type, read with the official reader."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", file]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -30,7 +30,7 @@ def logged(folder: Path) -> dict[str, list[dict]]:
 
 
 def check_run(folder: Path, depth: int) -> None:
-    """Group, name, tags, config, axes, curves, tables and artifacts of one cell."""
+    """Check group, name, tags, config, axes, curves, tables and artifacts of one cell."""
     records = logged(folder)
     (run,) = records["run"]
     assert (run["run_group"], run["job_type"]) == ("depths", "train")
@@ -62,7 +62,7 @@ def test_what_a_sweep_logs_offline_is_read_back_and_reported(run_command, call_c
     done = run_command("train", "-m", *SWEEP)
     assert done.code == 0, done.err[-3000:]
     folder = tmp_path / "runs" / "sweeps" / "depths"
-    done = call_command("report_command", f"runs={folder}", "wandb=workspace")
+    done = call_command("report", f"runs={folder}", "wandb=workspace")
     assert done.code == 0, done.err
     result = json.loads(done.out.strip().splitlines()[-1])
     assert [cell["cell"] for cell in result["cells"]] == ["depth=1", "depth=3"]
@@ -76,5 +76,5 @@ def test_what_a_sweep_logs_offline_is_read_back_and_reported(run_command, call_c
         check_run(cell, depth)
         manifest = json.loads((cell / "features.json").read_text())
         assert json.loads((cell / "provenance.json").read_text())["features"]["train"] == manifest["train"]["key"]
-    done = call_command("report_command", f"why=[{cells[1]},{cells[3]}]")
+    done = call_command("report", f"why=['{cells[1]}','{cells[3]}']")
     assert "differ in model.alignment.depth (1 → 3); code: " in done.out and "data: the same features" in done.out

@@ -1,4 +1,4 @@
-"""Alerts, axes beside validations, a row of the W&B table. The .wandb file itself: test_wandb_logging.py."""
+"""Alerts, axes logged with validations, a row of the W&B table. The .wandb file itself: test_wandb_logging.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hass_lightning.cli import run_label
-from hass_lightning.measure.trace import Record
+from hass_lightning.measure.record import Record
+from hass_lightning.runs.names import run_label
 from hass_lightning.training import wandb_logging, watch
 from hass_lightning.training.wandb_logging import COLUMNS, depth_rows, prompt_rows
 from hass_lightning.training.watch import Watch
@@ -49,7 +49,7 @@ def test_an_alert_when_acceptance_falls_while_the_loss_falls(run, caplog):
     validated(resumed, 1.95, 2.6)
     (sent,) = run.alerts
     assert "Acceptance falls" in sent["title"] and "1.950 (best 2.100)" in sent["text"] and len(sent["title"]) < 64
-    assert "Acceptance falls" in caplog.text  # said without W&B, too
+    assert "Acceptance falls" in caplog.text  # also logged without W&B
 
 
 def test_no_alert_when_both_get_worse_or_the_fall_is_noise(run):
@@ -68,7 +68,7 @@ def test_a_loss_that_is_not_finite_is_alerted_and_other_errors_are_not(run):
     assert run.alerts[0]["title"] == "The loss is not finite"
 
 
-def test_the_spending_stands_in_the_row_of_a_validation(run):
+def test_compute_is_logged_in_the_row_of_a_validation(run):
     logged = {}
     metrics = {"compute/tokens": 10.0, "compute/flops": 1e9, "val/loss": 1.0}
     trainer = SimpleNamespace(callback_metrics=metrics, sanity_checking=False, is_global_zero=True, loggers=[])
@@ -79,7 +79,7 @@ def test_the_spending_stands_in_the_row_of_a_validation(run):
 
 
 @pytest.mark.parametrize("values", [{"patience": 0}, {"min_drop": -1.0}])
-def test_nonsense_is_refused(values):
+def test_invalid_arguments_are_refused(values):
     with pytest.raises(ValueError, match="callbacks"):
         watch.Watch(**values)
 
@@ -97,7 +97,7 @@ def test_a_row_of_the_prompt_table_marks_what_was_drafted_and_accepted():
     assert depth_rows([record]) == [[1, 0.5, 0.5], [2, 1.0, 0.5]]
 
 
-def test_a_run_is_named_by_what_makes_it_different():
+def test_run_is_named_by_its_differing_keys():
     assert run_label("smoke", "experiment=smoke,model.alignment.depth=1,model/loss=eagle,logger=csv,seed=2") == (
         "smoke depth=1 loss=eagle seed=2"
     )

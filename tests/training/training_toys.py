@@ -1,4 +1,4 @@
-"""A small run on the tiny target, through the parts that hass-train puts together."""
+"""A small run on the tiny target, with the parts that hass-train assembles."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from functools import cache, partial
 import torch
 from hydra import compose, initialize_config_dir
 
-from hass_lightning.cli import config_folder
 from hass_lightning.data.datamodule import FeatureDataModule
 from hass_lightning.draft import Alignment, EagleDraft
 from hass_lightning.losses import DraftLoss, FeatureRegression, SoftCrossEntropy, TopK
-from hass_lightning.train import make_trainer
+from hass_lightning.runs.config import config_folder
+from hass_lightning.training.from_config import make_trainer
 from hass_lightning.training.module import HassModule, Schedule
 from hass_lightning.types import Conversation, Message
 
@@ -52,13 +52,13 @@ def make_module(target, depth=3, token_ids=None, terms=None, lr=3e-3, seed=0, **
 
 @cache
 def smoke_config():
-    """experiment=smoke, composed."""
+    """Return the composed config of experiment=smoke."""
     with initialize_config_dir(config_folder(), version_base="1.3"):
         return compose("train", overrides=["experiment=smoke"])
 
 
 def make_small_trainer(data, folder, callbacks=(), loggers=(), **overrides):
-    """`hass-train`'s trainer with keys of conf/trainer changed."""
+    """Return the Trainer of `hass-train` with changed keys of conf/trainer."""
     settings = {
         "precision": "32-true", "log_every_n_steps": 1, "enable_model_summary": False, "enable_progress_bar": False,
         "default_root_dir": str(folder),

@@ -1,4 +1,4 @@
-"""What `hass-doctor` looks at before the GPU hours: small functions that return findings with cures."""
+"""The checks of `hass-doctor`: small functions that return findings with fixes."""
 
 from hass_lightning.checks.finding import Finding
 

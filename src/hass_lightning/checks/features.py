@@ -1,6 +1,6 @@
-"""Stored features against the target: a few sequences are computed again and compared.
+"""Check of stored features: a few sequences are computed again and compared.
 
-Shapes: T tokens, D hidden (types.py has the legend).
+Shapes: T tokens, D hidden (see the legend in types.py).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 
 from hass_lightning.checks.finding import Finding, error, ok
 from hass_lightning.data.features import FeatureStore, extract_features, first_cached_shard
-from hass_lightning.target.model import TargetModel
+from hass_lightning.target_model.model import TargetModel
 from hass_lightning.types import Tokens
 
-TOLERANCE = 0.05  # relative; bf16 batched against bf16 alone, or 8 bits against bf16, stay below 0.02
+TOLERANCE = 0.05  # relative; differences between batched and single bf16, or between 8 bits and bf16, are below 0.02
 
 
 def check_features(
@@ -29,8 +29,15 @@ def check_features(
 ) -> tuple[Finding, float]:
     """Compare stored features with the target's, one sequence at a time, and time the target.
 
-    Without a cached shard a few sequences are extracted into a folder that is thrown away, so that the way through
-    batching, padding and the file is checked all the same.
+    Without a cached shard, a few sequences are extracted into a temporary folder, so that batching, padding and the
+    file format are checked in any case.
+
+    Args:
+        target: the target.
+        tokens: the training sequences.
+        cache_dir: folder of the feature cache.
+        eight_bit: whether features are stored in 8 bits.
+        num_sequences: number of sequences to compare.
 
     Returns:
         (the finding, the target's tokens per second).
@@ -66,6 +73,8 @@ def _compare(
     speed = sum(len(sequence) for sequence in sample) / max(seconds, 1e-9)
     message = f"{where}: features differ by up to {worst:.1e} (relative), {wrong_ids} of {asked} argmax tokens differ"
     if not worst <= TOLERANCE or wrong_ids > 0.05 * asked:
-        cure = f"remove {store.folder}: it holds another target's features, or damaged ones, and is made again."
+        cure = (
+            f"remove {store.folder}: its features are damaged or those of another target; they will be extracted again."
+        )
         return error("features", message, cure), speed
     return ok("features", message), speed

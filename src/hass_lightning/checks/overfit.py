@@ -1,6 +1,6 @@
-"""One conversation learned by heart: if the whole draft chain is then accepted, mask, loss, head and decoder agree.
+"""Check that overfits one conversation: if the whole draft chain is accepted then, mask, loss, head and decoder agree.
 
-The answer is the target's own greedy one, so that a draft which knows it is accepted to the last token.
+The answer is the target's own greedy answer, so an overfitted draft is accepted to the last token.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from pathlib import Path
 import torch
 
 from hass_lightning.checks.finding import Finding, error, ok
-from hass_lightning.data.datamodule import FeatureDataset, collate
+from hass_lightning.data.batches import FeatureDataset, collate
 from hass_lightning.data.features import extract_features
 from hass_lightning.data.tokens import encode_prompt
 from hass_lightning.decoding import Autoregressive, Chain, DecodingModels
 from hass_lightning.draft import SavedDraft, load_draft
 from hass_lightning.serving import export_head
-from hass_lightning.target.model import TargetModel
+from hass_lightning.target_model.model import TargetModel
 from hass_lightning.training.module import HassModule
 from hass_lightning.types import Conversation, DecodeResult, Tokens
 
 ANSWER_TOKENS = 24
-LEARNING_RATE = 3e-3  # at hidden size 64; it falls with the root of the width: 1e-3 at 576, as the quickstart has
+LEARNING_RATE = 3e-3  # at hidden size 64; decreases with the root of the width: 1e-3 at 576, as in the quickstart
 
 
 def greedy_answer(target: TargetModel, conversations: Sequence[Conversation]) -> tuple[list[int], list[int]]:
-    """(prompt, answer) of the first question that the target answers at some length.
+    """Return (prompt, answer) of the first question with an answer of sufficient length.
 
     Raises:
-        ValueError: it answers none.
+        ValueError: if there is none.
     """
     for conversation in conversations:
         first = next(n for n, message in enumerate(conversation.messages) if message.role == "user")
@@ -40,19 +40,33 @@ def greedy_answer(target: TargetModel, conversations: Sequence[Conversation]) ->
         if len(answer) >= ANSWER_TOKENS // 2:
             return prompt, answer
     raise ValueError(
-        f"the target answers none of {len(conversations)} questions with {ANSWER_TOKENS // 2} tokens or more: is its "
-        "chat template the one it was tuned with?"
+        f"the target answers none of {len(conversations)} questions with {ANSWER_TOKENS // 2} tokens or more: check "
+        "that its chat template is the one it was tuned with."
     )
 
 
 def accepted(result: DecodeResult) -> tuple[int, int]:
-    """(accepted, offered) draft tokens of the cycles that end within the answer."""
+    """Return (accepted, offered) draft tokens of the cycles that end within the answer."""
     position, kept, offered = 1, 0, 0  # the prefill yields one token
     for count, drafted in zip(result.accepted, result.drafted, strict=True):
         if position + drafted <= len(result.token_ids):
             kept, offered = kept + count, offered + drafted
         position += count + 1
     return kept, offered
+
+
+def with_tokens(token_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """A draft vocabulary of the size of `token_ids` [Vd], ascending, that holds `wanted` [N].
+
+    Raises:
+        ValueError: if it is too small for them.
+    """
+    if len(wanted) > len(token_ids):
+        raise ValueError(
+            f"model.draft.vocab_size={len(token_ids)} is less than the {len(wanted)} tokens of one answer: raise it."
+        )
+    others = token_ids[~torch.isin(token_ids, wanted)]
+    return torch.cat([wanted, others[: len(token_ids) - len(wanted)]]).sort().values
 
 
 def check_overfit(
@@ -63,17 +77,22 @@ def check_overfit(
     max_steps: int = 400,
     every: int = 20,
 ) -> list[Finding]:
-    """Train `module` (a fresh one) on one conversation until its chain is accepted; export, read back, decode again.
+    """Train a new module on one conversation until its chain is accepted; export the head, read it back, decode again.
 
-    The composed loss terms and alignment are used; optimizer and precision are not (AdamW, float32). A pruned
-    vocabulary is widened by the answer's tokens.
+    The loss terms and alignment are those of the config; optimizer and precision are not (AdamW, float32). In a pruned
+    vocabulary, tokens of the answer replace as many others.
 
     Args:
+        target: the target.
+        module: a new module.
+        conversations: conversations to choose from.
         folder: an empty folder for features and head.
+        max_steps: maximum number of steps.
+        every: number of steps between decodings.
     """
     prompt, answer = greedy_answer(target, conversations)
     if module.token_ids is not None:
-        module.token_ids = torch.cat([module.token_ids, torch.tensor(answer)]).unique()
+        module.token_ids = with_tokens(module.token_ids, torch.tensor(answer).unique())
     module.float().to(target.device)
     module.head = target.head.to(target.device, torch.float32)
     module.vocabulary = module.head.draft_vocabulary(module.token_ids)
@@ -104,10 +123,10 @@ def check_overfit(
         result = chain(SavedDraft(module.draft, module.token_ids, {}))
     assert result is not None
     kept, offered = accepted(result)
-    learned = f"after {step} steps on one conversation {kept} of {offered} drafted tokens are accepted"
+    learned = f"after {step} steps on one conversation {kept} of {offered} draft tokens are accepted"
     if kept < offered:
         cure = (
-            "see mask_alignment, probe_step and rope; if they are well, the composed loss cannot be learned: compare "
+            "see mask_alignment, probe_step and rope; if they are ok, the configured loss cannot be learned: compare "
             "with model/loss=hass."
         )
         return [error("overfit", f"{learned} (chain of {decoder.depth})", cure)]
@@ -115,15 +134,16 @@ def check_overfit(
         saved = SavedDraft(module.draft, module.token_ids, {"target": target.name})
         export_head(saved, target, "hub", folder / "head")
     except ValueError as refusal:
-        return [ok("overfit", learned), error("reload", f"hass-export would refuse the head: {refusal}")]
+        return [ok("overfit", learned), error("reload", f"hass-export would reject the head: {refusal}")]
     again = chain(load_draft(folder / "head"))
     if (again.token_ids, again.accepted) != (result.token_ids, result.accepted):
         kept, offered = accepted(again)
         message = (
-            f"exported and read back, the head has {kept} of {offered} drafted tokens accepted, all of them before"
+            f"exported and read back, {kept} of {offered} draft tokens of the head are accepted, but all of them "
+            "were before"
         )
         return [
             ok("overfit", learned),
-            error("reload", message, "what is exported is not what was trained: report it."),
+            error("reload", message, "the exported head is not the trained head: please report it."),
         ]
     return [ok("overfit", learned), ok("reload", "exported and read back, the head drafts the same tokens")]

@@ -1,6 +1,6 @@
-"""One real step on the longest sequence, and what the whole run will take.
+"""A real training step on the longest sequence, and the resources that the whole run will take.
 
-Shapes: B batch, T tokens, D hidden (types.py has the legend).
+Shapes: B batch, T tokens, D hidden (see the legend in types.py).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any
 import torch
 
 from hass_lightning.checks.finding import Finding, error, ok, warning
-from hass_lightning.data.datamodule import collate
+from hass_lightning.data.batches import collate
 from hass_lightning.data.features import bytes_per_token
-from hass_lightning.target.model import TargetModel
-from hass_lightning.target.source import cache_root
+from hass_lightning.target_model.model import TargetModel
+from hass_lightning.target_model.source import cache_root
 from hass_lightning.training.module import HassModule
 from hass_lightning.types import Tokens
 
-LOWER = "lower data.batch_size or data.max_length, or set model.alignment.checkpoint=true."
+LOWER = "reduce data.batch_size or data.max_length, or set model.alignment.checkpoint=true."
 
 
 @dataclass(frozen=True)
 class ProbeStep:
-    """What one step took: seconds, tokens in it (padding counted), peak bytes of memory, bytes that are there."""
+    """Measurements of one step: seconds, tokens (padding included), peak and available bytes of memory."""
 
     seconds: float
     num_tokens: int
@@ -39,7 +39,7 @@ class ProbeStep:
 
 
 def longest_batch(target: TargetModel, tokens: Sequence[Tokens], batch_size: int) -> Any:
-    """A batch (as the loader gives it) of `batch_size` copies of the longest sequence."""
+    """Return a batch, as from the loader, of `batch_size` copies of the longest sequence."""
     longest = max(tokens, key=len)
     features = target.encode(longest.input_ids[None])[0]
     target_ids = target.head.logits(features).argmax(-1)
@@ -57,16 +57,16 @@ def longest_batch(target: TargetModel, tokens: Sequence[Tokens], batch_size: int
 def probe_step(
     module: HassModule, trainer: Any, batch: Any, device: torch.device
 ) -> tuple[list[Finding], ProbeStep | None]:
-    """Forward, backward and optimizer step of the composed model, in the trainer's precision.
+    """Run forward, backward and optimizer step of the configured model, in the trainer's precision.
 
     Returns:
-        findings about the loss, the gradients and the memory, and the measurements (None: out of memory).
+        findings about loss, gradients and memory, and the measurements (None: out of memory).
     """
     module.trainer = trainer
     try:
         module.to(device)
         module.setup("fit")
-        features = batch[0].to(device)  # a copy of one row has no noise
+        features = batch[0].to(device)  # copies of one sequence, without noise
         optimizer = module.make_optimizer([p for p in module.draft.parameters() if p.requires_grad])
         started = time.perf_counter()
         mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
@@ -75,11 +75,11 @@ def probe_step(
             output.total.backward()
         gradients = {name: p.grad for name, p in module.draft.named_parameters() if p.requires_grad}
         optimizer.step()
-        loss = float(output.total.detach())  # waits for a GPU
+        loss = float(output.total.detach())  # also synchronizes with a GPU
         seconds = time.perf_counter() - started
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as failure:
         if isinstance(failure, RuntimeError) and "memory" not in str(failure):
-            cure = "HASS_LIGHTNING_TRACE=1 hass-train shows where; is a loss term or a head of your own in it?"
+            cure = "HASS_LIGHTNING_TRACE=1 hass-train prints the traceback; check custom loss terms and heads."
             return [error("probe_step", f"the step fails: {failure}", cure)], None
         shape = tuple(batch[0].input_ids.shape)
         message = f"a batch of {shape[0]} sequences of {shape[1]} tokens does not fit into memory"
@@ -92,7 +92,7 @@ def probe_step(
 def _learning(loss: float, gradients: dict[str, torch.Tensor | None], num_rows: int) -> Finding:
     silent = [name for name, gradient in gradients.items() if gradient is None or not bool(gradient.any())]
     broken = [name for name, gradient in gradients.items() if gradient is not None and not gradient.isfinite().all()]
-    message = f"loss {loss:.3f} on {num_rows} rows"
+    message = f"loss {loss:.3f} on {num_rows} loss positions"
     if not math.isfinite(loss) or broken:
         return error("probe_step", f"{message}, gradients not finite in {broken}", "set trainer.precision=32-true.")
     if silent or not num_rows:
@@ -118,17 +118,18 @@ def _room(step: ProbeStep) -> Finding:
 def check_disk(
     target: TargetModel, num_tokens: int, num_parameters: int, cache_dir: str | Path | None, run_dir: Path
 ) -> list[Finding]:
-    """Features and checkpoints against the free disk of their folders."""
+    """Check the size of features and checkpoints against the free disk space of their folders."""
     wanted = {
         "features": (Path(cache_dir or cache_root()), num_tokens * bytes_per_token(target)),
-        "checkpoints": (run_dir, 7 * 4 * num_parameters),  # weights, two moments: last and best; the head itself
+        # weights and two moments, in the last and the best checkpoint; the head itself
+        "checkpoints": (run_dir, 7 * 4 * num_parameters),
     }
     findings = []
     for name, (folder, num_bytes) in wanted.items():
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
-        message = f"{name} take {num_bytes / 1e9:.2f} GB in {folder}, {free / 1e9:.1f} GB are free"
-        cure = "set HASS_LIGHTNING_CACHE (features) or HASS_LIGHTNING_ROOT (runs) to a larger disk, or use fewer data."
+        message = f"{name} take {num_bytes / 1e9:.2f} GB in {folder}, but {free / 1e9:.1f} GB are free"
+        cure = "set HASS_LIGHTNING_CACHE (features) or HASS_LIGHTNING_ROOT (runs) to a larger disk, or use less data."
         if num_bytes > 0.5 * free:
             findings.append((error if num_bytes > free else warning)("disk", message, cure))
         else:
@@ -137,15 +138,19 @@ def check_disk(
 
 
 def estimate_time(step: ProbeStep, num_steps: int, tokens_a_step: float, num_tokens: int, speed: float) -> Finding:
-    """Hours of features and of training on this machine, from the probe step and the timed target.
+    """Estimate the hours of features and of training on this machine, from the probe step and the timed target.
 
     Args:
-        tokens_a_step: mean over the run, padding left out. num_tokens: to extract. speed: the target's tokens a second.
+        step: the measured step.
+        num_steps: number of steps.
+        tokens_a_step: mean number of tokens per step, without padding.
+        num_tokens: number of tokens to extract.
+        speed: the target's tokens per second.
     """
     features = num_tokens / speed
     training = num_steps * step.seconds * tokens_a_step / step.num_tokens
     message = (
         f"about {features / 60:.1f} minutes of features (less if cached) and {training / 60:.1f} of training in "
-        f"{num_steps} steps on this machine; decoding comes on top"
+        f"{num_steps} steps on this machine, plus decoding"
     )
     return ok("time", message)

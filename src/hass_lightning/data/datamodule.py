@@ -1,4 +1,4 @@
-"""Batches of features for Lightning. Order and noise are functions of (seed, epoch, index): resuming needs no state.
+"""Batches of features for Lightning. Order and noise depend only on (seed, epoch, index), so resuming needs no state.
 
 Shapes: B batch, T tokens, D hidden (types.py has the legend).
 """
@@ -8,97 +8,52 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from hass_lightning.data.batches import FeatureDataset, collate
 from hass_lightning.data.features import FeatureStore, OnlineFeatures, extract_features
-from hass_lightning.data.order import BatchOrder, hash_of, nested_fraction, split_validation
+from hass_lightning.data.order import BatchOrder, nested_fraction, split_validation, with_distinct_ids
 from hass_lightning.data.prefetch import PrefetchingLoader
 from hass_lightning.data.tokens import encode_all
-from hass_lightning.target.model import TargetModel
-from hass_lightning.types import Conversation, FeatureBatch, Tokens
+from hass_lightning.data.values import check_flag, check_number, check_whole
+from hass_lightning.runs.screen import stage
+from hass_lightning.target_model.model import TargetModel
+from hass_lightning.types import Conversation, Tokens
 
 log = logging.getLogger(__name__)
 
 
 class ConversationSource(Protocol):
-    """Anything that gives conversations: JSON lines, a hub data set, self-distillation."""
+    """A source of conversations: JSON lines, a hub data set, self-distillation."""
 
     def load(self, target: TargetModel) -> list[Conversation]: ...  # noqa: D102
-
-
-class FeatureDataset(Dataset):
-    """Sequences of a store by (epoch, index), with uniform noise on the features (EAGLE's data augmentation)."""
-
-    def __init__(self, store: FeatureStore | OnlineFeatures, noise: float = 0.0, seed: int = 0):
-        self.store, self.noise, self.seed = store, noise, seed
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def __getitems__(self, keys: list[tuple[int, int] | int]) -> list[dict[str, Tensor | str]]:
-        """One batch (what a DataLoader asks for)."""
-        self.store.prepare([key[1] if isinstance(key, tuple) else key for key in keys])
-        return [self[key] for key in keys]
-
-    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Tensor | str]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        row: dict[str, Tensor | str] = dict(self.store.read(index))
-        features = row["features"]
-        assert isinstance(features, Tensor)
-        row["inputs"] = features
-        if self.noise:
-            generator = torch.Generator().manual_seed(hash_of(self.seed, "noise", epoch, index))
-            noise = torch.rand(features.shape, generator=generator).sub_(0.5).mul_(2 * self.noise)
-            row["inputs"] = features + noise.to(features.dtype)
-        if epoch < 0:  # filling, see `FeatureDataModule.val_dataloader`
-            row["loss_mask"] = torch.zeros_like(row["loss_mask"])  # type: ignore[arg-type]
-        row["id"] = self.store.ids[index]
-        return row
-
-
-def collate(rows: list[dict]) -> tuple[FeatureBatch, Tensor | None]:
-    """Right-pad to the longest: (batch with the true features, noisy ones [B, T, D] for the head's input).
-
-    Without noise the second is None, so that nothing is pinned and sent to a GPU twice.
-    """
-    lengths = torch.tensor([row["input_ids"].shape[0] for row in rows])
-    longest = int(lengths.max())
-
-    def padded(name: str, value: float | int | bool = 0) -> Tensor:
-        first = rows[0][name]
-        stacked = first.new_full((len(rows), longest, *first.shape[1:]), value)
-        for number, row in enumerate(rows):
-            stacked[number, : row[name].shape[0]] = row[name]
-        return stacked
-
-    features = padded("features")
-    inputs = None if all(row["inputs"] is row["features"] for row in rows) else padded("inputs")
-    batch = FeatureBatch(
-        padded("input_ids"), padded("loss_mask"), lengths, features, padded("target_ids", -1),
-        [row["id"] for row in rows],
-    )  # fmt: skip
-    return batch, inputs
 
 
 class FeatureDataModule(L.LightningDataModule):
     """Conversations → tokens → features → batches.
 
     Args:
-        source: where conversations come from. target: the frozen LLM whose features are learned.
-        max_length: longest sequence in tokens. last_turn_only: learn from the last answer alone (data/tokens.py).
-        max_answer_tokens: training rows to use (None: all).
-        fraction: of the training sequences to use; a smaller fraction is a part of a larger one. The features of all
-            of them are extracted, so that every fraction reads the same cache.
-        num_validation: validation conversations. batch_size: sequences a process and step.
+        source: of the conversations. target: the frozen LLM whose features are the training data.
+        max_length: longest sequence in tokens. last_turn_only: train only on the last answer (data/tokens.py).
+        max_answer_tokens: number of loss positions to train on (None: all).
+        fraction: share of the training sequences to use. Smaller fractions are subsets of larger ones. The features of
+            all sequences are extracted, so every fraction reads the same cache.
+        num_validation: validation conversations. batch_size: sequences per process and step.
         noise: half-width of the uniform noise on the input features (0 = none; EAGLE: 0.1).
-        features: `cached` on disk, or `online`: the target runs in this process for each batch.
-        cache_dir: where features are stored. eight_bit_cache: store them in 8 bits (eight_bit.py).
-        num_workers: loader processes. prefetch: batches that a thread reads ahead.
+        features: `cached` on disk, or `online`: the target computes them in this process for each batch.
+        feature_layers: layers of the target whose inputs precede the last hidden state in the features (None: those
+            that the head reads, see `read_layers`). A head that reads only the last hidden state can use any set.
+        cache_dir: folder of the features. eight_bit_cache: store them in 8 bits (eight_bit.py).
+        num_workers: loader processes. prefetch: batches that a thread prefetches.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     def __init__(
@@ -118,61 +73,99 @@ class FeatureDataModule(L.LightningDataModule):
         num_workers: int = 0,
         last_turn_only: bool = False,
         prefetch: int = 2,
+        feature_layers: Sequence[int] | None = None,
     ):
         super().__init__()
-        if features not in ("cached", "online"):
-            raise ValueError(f"data.features={features} is neither cached nor online.")
-        if features == "online" and (num_workers or eight_bit_cache):
-            raise ValueError(
-                "data.features=online runs the target in the training process, without a disk: set data.num_workers=0 "
-                f"(it is {num_workers}) and data.eight_bit_cache=false (it is {str(eight_bit_cache).lower()})."
-            )
-        if batch_size < 1 or max_length < 2 or num_validation < 1 or noise < 0:
-            raise ValueError(
-                f"data.batch_size={batch_size}, data.max_length={max_length}, data.num_validation={num_validation}, "
-                f"data.noise={noise}: sizes must be positive, noise not negative."
-            )
-        if not 0 < fraction <= 1:
-            raise ValueError(f"data.fraction={fraction} must lie in (0, 1].")
-        self.source, self.target, self.fraction = source, target, fraction
+        sizes = {"batch_size": (batch_size, 1), "max_length": (max_length, 2), "num_validation": (num_validation, 1),
+                 "num_workers": (num_workers, 0), "prefetch": (prefetch, 0), "seed": (seed, 0)}  # fmt: skip
+        for key, (value, least) in sizes.items():
+            check_whole(f"data.{key}", value, least)
+        check_whole("data.max_answer_tokens", max_answer_tokens, 1, null="all")
+        check_number("data.noise", noise)
+        check_number("data.fraction", fraction, 0, 1, above=True)
+        check_flag("data.last_turn_only", last_turn_only)
+        check_flag("data.eight_bit_cache", eight_bit_cache)
+        _check_features(features, num_workers, eight_bit_cache)
+        self.source, self.fraction = source, fraction
+        self.feature_layers = None if feature_layers is None else tuple(feature_layers)
+        self.target = target.reading(self.feature_layers or ())
         self.max_length = min(max_length, target.max_length)
         self.max_answer_tokens, self.num_validation = max_answer_tokens, num_validation
         self.batch_size, self.noise, self.seed = batch_size, noise, seed
         self.features, self.cache_dir, self.eight_bit_cache = features, cache_dir, eight_bit_cache
         self.num_workers, self.prefetch = num_workers, prefetch
         self.last_turn_only = last_turn_only
-        self.num_batches: int | None = None  # of the whole run; set by the command
-        self._order: BatchOrder | None = None  # a second one: loaders read ahead
+        self.num_batches: int | None = None  # of the whole run, set by the command
+        self._order: BatchOrder | None = None  # a second one, because loaders prefetch
         self._tokens: tuple[list[Tokens], list[Tokens]] | None = None
         self._every: list[Tokens] = []  # the training sequences of fraction 1
-        self._kept: list[int] = []  # those of this fraction among them
+        self._kept: list[int] = []  # indices of this fraction among them
         self._stores: tuple[FeatureStore | OnlineFeatures, FeatureStore | OnlineFeatures] | None = None
         self.validation_conversations: list[Conversation] = []
 
+    def read_layers(self, layers: tuple[int, ...]) -> None:
+        """Extract features with the `layers` that a head reads, unless the config names its own.
+
+        Raises:
+            ValueError: if the config names others.
+        """
+        if self.feature_layers is None:
+            self.target = self.target.reading(layers)
+        elif layers not in ((), self.feature_layers):
+            raise ValueError(
+                f"data.feature_layers={list(self.feature_layers)}, but the head reads the layers {list(layers)}: name "
+                "these, or set it to null."
+            )
+
     def tokens(self) -> tuple[list[Tokens], list[Tokens]]:
-        """(train, validation) sequences."""
+        """Return the training and validation sequences."""
         if self._tokens is None:
-            train, validation = split_validation(self.source.load(self.target), self.num_validation)
-            encode = (self.target.tokenizer, self.max_length, self.target.eos_token_ids)
-            last = self.last_turn_only
-            self._every = encode_all(encode[0], train, *encode[1:], self.max_answer_tokens, last)
-            self._kept = nested_fraction([sequence.id for sequence in self._every], self.fraction)
-            kept_tokens = [self._every[index] for index in self._kept]
-            self._tokens = kept_tokens, encode_all(encode[0], validation, *encode[1:], None, last)
-            kept = {sequence.id for sequence in self._tokens[1]}
-            self.validation_conversations = [c for c in validation if c.id in kept]
+            with stage("answers") as answers:
+                self._tokens = self._load()
+                answers.detail = f"{len(self._tokens[0]):,} conversations, {len(self._tokens[1]):,} for validation"
         return self._tokens
 
+    def _load(self) -> tuple[list[Tokens], list[Tokens]]:
+        train, validation, held_out = self._split()
+        self._every = self._encode(train, self.max_answer_tokens)
+        self._kept = nested_fraction([sequence.id for sequence in self._every], self.fraction)
+        kept = {sequence.id for sequence in held_out}
+        self.validation_conversations = [c for c in validation if c.id in kept]
+        return [self._every[index] for index in self._kept], held_out
+
+    def _split(self) -> tuple[list[Conversation], list[Conversation], list[Tokens]]:
+        """Return (train, validation, tokens of validation). If no held-out conversation is usable, hold out others."""
+        conversations = with_distinct_ids(self.source.load(self.target))
+        train, validation = split_validation(conversations, self.num_validation)
+        while True:
+            try:
+                return train, validation, self._encode(validation)
+            except ValueError as error:
+                unusable = {conversation.id for conversation in validation}
+                conversations = [each for each in conversations if each.id not in unusable]
+                try:
+                    train, validation = split_validation(conversations, self.num_validation)
+                except ValueError:
+                    raise error from None
+                log.warning("none of %d validation conversations can be used: others are held out", len(unusable))
+
+    def _encode(self, conversations: list[Conversation], max_answer_tokens: int | None = None) -> list[Tokens]:
+        target = self.target
+        options = (target.eos_token_ids, max_answer_tokens, self.last_turn_only)
+        return encode_all(target.tokenizer, conversations, self.max_length, *options)
+
     def stores(self) -> tuple[FeatureStore | OnlineFeatures, FeatureStore | OnlineFeatures]:
-        """(train, validation) features, extracted if the cache has none; one process does it, the others wait."""
+        """Return the training and validation features. If they are not cached, one process extracts them."""
         if self._stores is None:
             train, validation = self.tokens()
             training: FeatureStore | OnlineFeatures
-            if self.features == "online":
-                training = OnlineFeatures(self.target, train)
-            else:
-                training = self._store(self._every, "training features").subset(self._kept)  # type: ignore[union-attr]
-            self._stores = training, self._store(validation, "validation features")
+            with stage("features"):
+                if self.features == "online":
+                    training = OnlineFeatures(self.target, train)
+                else:
+                    every = self._store(self._every, "training features")
+                    training = every.subset(self._kept)  # type: ignore[union-attr]
+                self._stores = training, self._store(validation, "validation features")
         return self._stores
 
     def _store(self, tokens: list[Tokens], name: str) -> FeatureStore | OnlineFeatures:
@@ -181,7 +174,7 @@ class FeatureDataModule(L.LightningDataModule):
         return extract_features(self.target, tokens, self.cache_dir, name=name, eight_bit=self.eight_bit_cache)
 
     def data_hash(self) -> str:
-        """Names the training and validation sequences: their ids and masks."""
+        """Return a hash of the token ids and masks of all sequences."""
         digest = hashlib.sha256()
         for sequence in [*self.tokens()[0], *self.tokens()[1]]:
             digest.update(sequence.input_ids.numpy().tobytes())
@@ -189,32 +182,38 @@ class FeatureDataModule(L.LightningDataModule):
         return digest.hexdigest()[:12]
 
     def most_frequent_tokens(self, size: int) -> tuple[Tensor, float]:
-        """The `size` most frequent training answer tokens (ties by id), sorted, and the share of answers they cover."""
+        """Return the `size` most frequent answer tokens of the training data, sorted by id, and the share they cover.
+
+        Raises:
+            ValueError: `size` is not in the range of the vocabulary.
+        """
         counts: Counter[int] = Counter()
         for sequence in self.tokens()[0]:
             answer = sequence.loss_mask.roll(1)
             counts.update(sequence.input_ids[answer].tolist())
         for token in self.target.eos_token_ids:
-            counts[token] += 1  # the end of turn stands outside the marked rows, but is drafted
+            counts[token] += 1  # the end of turn is outside the loss mask, but is drafted
         vocab_size = self.target.head.vocab_size
         if not 0 < size <= vocab_size:
-            raise ValueError(f"model.draft.vocab_size={size} must lie in 1 … {vocab_size} (the target's), or be null.")
+            raise ValueError(
+                f"model.draft.vocab_size={size} must be in 1 … {vocab_size} (the target's vocabulary), or null."
+            )
         ranked = sorted(range(vocab_size), key=lambda token: (-counts[token], token))[:size]
         coverage = sum(counts[token] for token in ranked) / max(1, counts.total())
         return torch.tensor(sorted(ranked)), coverage
 
     @property
     def batches_per_epoch(self) -> int:
-        """Steps an epoch takes before accumulation."""
+        """Batches per epoch, before gradient accumulation."""
         world_size = self.trainer.world_size if self.trainer is not None else 1
         return max(1, len(self.tokens()[0]) // (self.batch_size * world_size))
 
     def prepare_data(self) -> None:
-        """Extract the features (one process a node)."""
+        """Extract the features. Lightning calls this in one process per node."""
         self.stores()
 
-    def train_dataloader(self) -> DataLoader:
-        """All batches of the run, from the first that the resumed step has not seen."""
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return all batches of the run, from the first that a resumed run has not used."""
         store, trainer = self.stores()[0], self.trainer
         assert trainer is not None
         first = trainer.global_step * trainer.accumulate_grad_batches
@@ -226,9 +225,9 @@ class FeatureDataModule(L.LightningDataModule):
         return self._loader(FeatureDataset(store, self.noise, self.seed), batch_sampler=order)
 
     def rows_of_step(self, step: int) -> int:
-        """Marked rows of an optimizer step: of all processes, and of all batches that it accumulates.
+        """Return the loss positions of an optimizer step, over all processes and accumulated batches.
 
-        The batches of a run are numbered (BatchOrder), so no process needs to ask another, or to look ahead.
+        The batches of a run are numbered (BatchOrder), so this needs no communication and no prefetching.
         """
         assert self.trainer is not None and self._order is not None
         accumulated = self.trainer.accumulate_grad_batches
@@ -236,23 +235,23 @@ class FeatureDataModule(L.LightningDataModule):
         train = self.tokens()[0]
         return sum(int(train[index].loss_mask[:-1].sum()) for batch in batches for index in batch)
 
-    def val_dataloader(self) -> DataLoader:
-        """Validation sequences, each read by one process; one without a marked row fills where they do not divide."""
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the validation sequences, each in one process. One without loss positions fills the last batch."""
         store, trainer = self.stores()[1], self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         mine = [(0, index) for index in range(rank, len(store), world_size)]
         mine.sort(key=lambda key: store.length(key[1]))
-        if len(mine) * world_size < len(store):  # as many batches for each: ZeRO-3 gathers the weights in every forward
+        if len(mine) * world_size < len(store):  # equal numbers of batches: ZeRO-3 gathers the weights in every forward
             mine.append((-1, 0))
         batches = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
         return self._loader(FeatureDataset(store), batch_sampler=batches)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move what `collate` made."""
+        """Move the output of `collate` to a device."""
         features, noisy = batch
         return features.to(device, non_blocking=True), noisy if noisy is None else noisy.to(device, non_blocking=True)
 
-    def _loader(self, dataset: FeatureDataset, batch_sampler) -> DataLoader:
+    def _loader(self, dataset: FeatureDataset, batch_sampler: Any) -> DataLoader[Any]:
         return PrefetchingLoader(
             dataset,
             ahead=self.prefetch,
@@ -261,4 +260,14 @@ class FeatureDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+        )
+
+
+def _check_features(features: str, num_workers: int, eight_bit_cache: bool) -> None:
+    if features not in ("cached", "online"):
+        raise ValueError(f"data.features={features} cannot be used: it is cached or online.")
+    if features == "online" and (num_workers or eight_bit_cache):
+        raise ValueError(
+            "data.features=online runs the target in the training process and stores nothing: set data.num_workers=0 "
+            f"(it is {num_workers}) and data.eight_bit_cache=false (it is {str(eight_bit_cache).lower()})."
         )

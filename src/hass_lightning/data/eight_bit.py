@@ -1,6 +1,6 @@
-"""Features in 8 bits with one scale a row, and how well they keep the target's distributions.
+"""Features in 8 bits with one scale per hidden state, and how well they preserve the target's distributions.
 
-Shapes: N rows, D hidden (types.py has the legend).
+Shapes: N rows, D hidden, P layers of a feature, W = P · D (types.py has the legend).
 """
 
 from __future__ import annotations
@@ -8,26 +8,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hass_lightning.target.head import TargetHead
+from hass_lightning.target_model.lm_head import TargetHead
 
 
-def quantize(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [N, D] to (int8 [N, D], fp32 scales [N]): a row's largest magnitude becomes 127."""
-    wide = features.float()
+def quantize(features: Tensor, num_layers: int = 1) -> tuple[Tensor, Tensor]:
+    """Features [N, W] to (int8 [N, W], fp32 scales [N, P], or [N] with one layer).
+
+    The largest magnitude of each hidden state becomes 127, because they differ in size before and after the final norm.
+    """
+    wide = features.float().unflatten(-1, (num_layers, -1))
     scales = wide.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return (wide / scales[:, None]).round_().to(torch.int8), scales
+    quantized = (wide / scales[..., None]).round_().to(torch.int8).flatten(1)
+    return quantized, scales.squeeze(1) if num_layers == 1 else scales
 
 
 def dequantize(quantized: Tensor, scales: Tensor) -> Tensor:
-    """The features [N, D] in fp32, each element off by at most half a scale."""
-    return quantized * scales[:, None]
+    """The features [N, W] in fp32, each element off by at most half a scale."""
+    by_layer = scales.reshape(len(scales), -1)
+    restored: Tensor = quantized.unflatten(-1, (by_layer.shape[1], -1)) * by_layer[..., None]
+    return restored.flatten(1)
 
 
 @torch.no_grad()
 def fidelity(
     head: TargetHead, features: Tensor, restored: Tensor, k: int = 10, max_rows: int = 512
 ) -> dict[str, float]:
-    """What the target says at some features against what it says at their restored form.
+    """Compare the target's distributions at some features and at their dequantized form.
 
     Returns:
         `kl` = mean KL(p || p_restored) in nats, `top_k_overlap` = mean share of the K most probable tokens in both,

@@ -1,4 +1,4 @@
-"""The feature sets on disk as a whole: which there are, and how old ones go (`hass-prepare cache=list|prune`)."""
+"""List and delete the feature sets on disk (`hass-prepare cache=list|prune`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
+
+from hass_lightning.runs.lock import file_lock
 
 DAY_SECONDS = 86_400.0
 
@@ -40,7 +42,7 @@ def prune_feature_sets(root: Path, days: float) -> list[dict[str, Any]]:
 def _is_being_written(folder: Path) -> bool:
     for file in folder.glob(".lock*"):
         try:
-            with FileLock(file, timeout=0):
+            with file_lock(str(file).removesuffix(".lease"), timeout=0):
                 pass
         except Timeout:
             return True

@@ -1,4 +1,4 @@
-"""Which features a head was trained on: their keys, counts and checksums, small enough to be kept with every run."""
+"""Manifest of the features that a head was trained on: keys, counts and checksums. It is stored with every run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hass_lightning.data.features import SHARD_SIZE, feature_key
-from hass_lightning.target.model import TargetModel
+from hass_lightning.data.features import feature_key
+from hass_lightning.data.shards import SHARD_SIZE
+from hass_lightning.target_model.model import TargetModel
 from hass_lightning.types import Tokens
 
 
@@ -18,10 +19,10 @@ def write_feature_manifest(
     """Write the manifest of the training and the validation features.
 
     Args:
-        tokens: (training, validation) sequences. stores: their features; one on disk has a `folder` with its notes.
+        tokens: (training, validation) sequences. stores: their features. A store on disk has a `folder` with its notes.
 
     Returns:
-        the content key by split (equal keys: equal target, tokens, masks, dtype and layout: 8 bits are others).
+        the content key of each split. Equal keys mean equal target, tokens, masks, dtype and layout (8 bits or not).
     """
     manifest: dict[str, Any] = {"target": target.name, "target_fingerprint": target.fingerprint}
     for split, sequences, store in zip(("train", "validation"), tokens, stores, strict=True):

@@ -1,30 +1,45 @@
-"""Which conversations are trained on, and in which order: functions of the data, a seed and numbers alone."""
+"""Split and order of the training data. Both depend only on the data, a seed and numbers."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch.utils.data import Sampler
 
 from hass_lightning.types import Conversation
 
+log = logging.getLogger(__name__)
+
 
 def hash_of(*parts: object) -> int:
-    """An integer below 2^56 that depends on the parts alone, in every process."""
+    """Return an integer below 2^56 that depends only on the parts, in every process."""
     return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:7], "big")
 
 
 def split_validation(
     conversations: Sequence[Conversation], num_validation: int
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """(train, validation) with no question in both: by the data's own `split` field, else by a hash of the question."""
+    """Split into (train, validation) with no question in both.
+
+    The data's own `split` field decides if it names a validation part, else a hash of the question. Conversations of
+    its test part, and others with the same question, are in neither.
+
+    Raises:
+        ValueError: one of the parts is empty.
+    """
     groups: dict[str, list[Conversation]] = {}
     for conversation in conversations:
         groups.setdefault(" ".join(conversation.question.lower().split()), []).append(conversation)
-    labelled = any(conversation.split for conversation in conversations)
-    if labelled:
+    tested = [key for key, group in groups.items() if any(c.split == "test" for c in group)]
+    num_tested = sum(len(groups.pop(key)) for key in tested)
+    if num_tested:
+        log.info("%d conversations of the test split, or with a question of it, are left out", num_tested)
+    if any(c.split == "validation" for group in groups.values() for c in group):
         held_out = {key for key, group in groups.items() if any(c.split == "validation" for c in group)}
     else:
         held_out = set(sorted(groups, key=lambda key: hash_of("split", key))[:num_validation])
@@ -32,14 +47,26 @@ def split_validation(
     validation = [c for key, group in groups.items() if key in held_out for c in group[:1]]
     if not train or not validation:
         raise ValueError(
-            f"the data leave {len(train)} training and {len(validation)} validation conversations: lower "
-            "data.num_validation, or give more data."
+            f"the data leave {len(train)} training and {len(validation)} validation conversations"
+            f"{f' ({num_tested} are of their test split)' * bool(num_tested)}: lower data.num_validation, or use more "
+            "data."
         )
     return train, validation[:num_validation]
 
 
+def with_distinct_ids(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Number repeated ids: `7`, `7#2`, `7#3`. Records are stored by id."""
+    seen: Counter[str] = Counter()
+    distinct = []
+    for conversation in conversations:
+        seen[conversation.id] += 1
+        number = seen[conversation.id]
+        distinct.append(conversation if number == 1 else replace(conversation, id=f"{conversation.id}#{number}"))
+    return distinct
+
+
 def nested_fraction(ids: Sequence[str], fraction: float) -> list[int]:
-    """Indices, in order, of a share of sequences that holds every smaller share: the first by a hash of their ids."""
+    """Return the indices of a share of the sequences, chosen by a hash of their ids. Smaller shares are subsets."""
     ranked = sorted(range(len(ids)), key=lambda index: (hash_of("fraction", ids[index]), index))
     return sorted(ranked[: max(1, round(fraction * len(ids)))])
 
@@ -47,8 +74,8 @@ def nested_fraction(ids: Sequence[str], fraction: float) -> list[int]:
 class BatchOrder(Sampler[list[tuple[int, int]]]):
     """All batches of a run, by global batch number: lists of (epoch, index) for this process.
 
-    Every epoch shuffles anew, gathers similar lengths, and shuffles the batches; a run over `num_batches` starts at
-    `first`, so that a resumed run sees exactly what the uninterrupted one would have seen.
+    Every epoch shuffles again, groups similar lengths, and shuffles the batches. A run over `num_batches` starts at
+    `first`, so a resumed run uses the same batches as an uninterrupted one.
     """
 
     def __init__(
@@ -57,28 +84,28 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
     ):  # fmt: skip
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
         self.num_batches, self.first, self.rank, self.world_size = num_batches, first, rank, world_size
-        self._last: tuple[int, list[list[int]]] = (-1, [])  # the epoch that was asked for last
+        self._last: tuple[int, list[list[int]]] = (-1, [])  # the epoch that was used last
         if len(lengths) < self.global_batch:
             raise ValueError(
                 f"{len(lengths)} training conversations do not fill one batch of {self.global_batch}: lower "
-                "data.batch_size, or give more data."
+                "data.batch_size, or use more data."
             )
 
     @property
     def global_batch(self) -> int:
-        """Sequences a step over all processes."""
+        """Sequences per step over all processes."""
         return self.batch_size * self.world_size
 
     @property
     def batches_per_epoch(self) -> int:
-        """Whole global batches an epoch; what is left over waits for another shuffle."""
+        """Complete global batches per epoch. The remaining sequences wait for another shuffle."""
         return len(self.lengths) // self.global_batch
 
     def __len__(self) -> int:
         return self.num_batches
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """The global batches of one epoch."""
+        """Return the global batches of one epoch."""
         generator = torch.Generator().manual_seed(hash_of(self.seed, "order", epoch))
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         size, batches = self.global_batch, []
@@ -89,7 +116,7 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
         return [batches[number] for number in torch.randperm(len(batches), generator=generator).tolist()]
 
     def batch(self, number: int) -> tuple[int, list[int]]:
-        """(epoch, sequences) of a global batch."""
+        """Return (epoch, sequences) of a global batch."""
         epoch = number // self.batches_per_epoch
         if self._last[0] != epoch:
             self._last = epoch, self.epoch(epoch)

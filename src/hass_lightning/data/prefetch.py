@@ -1,4 +1,4 @@
-"""Batches read ahead by a thread: what a training step never waits for."""
+"""A data loader with a thread that prefetches batches."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 
-class PrefetchingLoader(DataLoader):
-    """A DataLoader that reads `ahead` batches in a thread while the last one is trained on (0: none).
+class PrefetchingLoader(DataLoader[Any]):
+    """A DataLoader that prefetches `ahead` batches in a thread (0: none).
 
     Attributes:
-        waited_seconds: what its readers have waited for batches so far.
+        waited_seconds: time that iterations have waited for batches so far.
     """
 
     def __init__(self, dataset: Any, ahead: int = 0, **kwargs: Any):
@@ -51,7 +51,7 @@ class PrefetchingLoader(DataLoader):
                     if stopped.is_set():
                         return
                 put(end)
-            except Exception as error:  # the reader raises it
+            except Exception as error:  # raised again in the consumer
                 put(error)
 
         thread = threading.Thread(target=fill, name="prefetch", daemon=True)

@@ -1,149 +1,142 @@
-"""Conversations from JSON lines or a Hugging Face data set, in the ShareGPT or the OpenAI shape.
+"""Conversations from JSON lines or a Hugging Face data set, in the layouts of layouts.py, or questions without answers.
 
-Anything that is not a conversation is skipped and counted by reason, never guessed at.
+A record that cannot be used is skipped, counted by reason and named by its line.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from hass_lightning.target.model import TargetModel
-from hass_lightning.target.source import local_path
+from hass_lightning.data.hub import load_rows
+from hass_lightning.data.layouts import check_columns, how_to_map, turns_of, with_columns
+from hass_lightning.data.records import read_records
+from hass_lightning.data.skipped import Skipped, SkippedConversation, one_line
+from hass_lightning.data.turns import parse_tools, parse_turn
+from hass_lightning.data.values import check_text, check_whole
+from hass_lightning.target_model.model import TargetModel
+from hass_lightning.target_model.source import local_path
 from hass_lightning.types import Conversation, Message
 
 log = logging.getLogger(__name__)
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
+Columns = Mapping[str, str | None]
 # a question, its answer, and any number of tool results, each row of them followed by what the assistant makes of it
 ORDER = re.compile("(?:ut*a(?:t+a)*t*)*(?:ut*)?")
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "development", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+NAMED_SPLITS = {word: split for split, words in SPLITS.items() for word in words}
 
 
-class SkippedConversation(ValueError):
-    """A record that cannot be used; the message is the reason that the summary counts."""
+def parse_conversation(record: Any, default_id: str, columns: Columns | None = None, place: str = "") -> Conversation:
+    """One record to a conversation; a null value counts as not given.
 
-
-def parse_conversation(record: Any, default_id: str) -> Conversation:
-    """One record in the ShareGPT (`conversations`) or OpenAI (`messages`) shape.
+    Args:
+        default_id: the id of a record without one. columns: names of the columns to read (layouts.py). place: file and
+            line, kept for messages.
 
     Raises:
         SkippedConversation: malformed, an unknown role, an empty message, or roles out of order.
     """
     if not isinstance(record, dict):
         raise SkippedConversation("not a JSON object")
-    turns = record.get("messages", record.get("conversations"))
-    if not isinstance(turns, list) or not turns:
-        raise SkippedConversation("no `messages` or `conversations` list")
-    messages: list[Message] = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise SkippedConversation("a message is not an object")
-        name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        role = ROLES.get(name) if isinstance(name, str) else None
-        if role is None:
-            raise SkippedConversation(f"unknown role {name!r}")
-        calls = parse_tool_calls(turn.get("tool_calls")) if role == "assistant" else ()
-        if content is None and calls:
-            content = ""
-        if not isinstance(content, str) or not (content.strip() or calls):
-            raise SkippedConversation("an empty message")
-        messages.append(Message(role, content, calls))  # type: ignore[arg-type]
-    order = "".join(message.role[0] for message in messages if message.role != "system")
-    if any(role == "system" for role in (m.role for m in messages[1:])):
+    record = with_columns(record, columns)
+    turns, only_questions = turns_of(record)
+    messages = [parse_turn(turn) for turn in turns]
+    if any(message.role == "system" for message in messages[1:]):
         raise SkippedConversation("a system message after the first")
-    if not order or not ORDER.fullmatch(order):
+    order = "".join(message.role[0] for message in messages if message.role != "system")
+    if not order or not (only_questions or ORDER.fullmatch(order)):
         raise SkippedConversation("roles out of order")
-    return Conversation(
-        id=str(record.get("id", default_id)),
+    conversation = Conversation(
+        id=_text(record, "id", default_id),
         messages=tuple(messages),
-        category=str(record.get("category", "")),
-        finished=bool(record.get("finished", True)),
-        split=str(record.get("split", "")),
+        category=_text(record, "category"),
+        finished=_finished(record.get("finished")),
+        split=_split(record.get("split")),
+        tools=parse_tools(record.get("tools", record.get("functions"))),
+        place=place,
     )
+    if not _is_unicode(conversation):
+        raise SkippedConversation("a lone surrogate (half of a character)")
+    return conversation
 
 
-def parse_tool_calls(calls: Any) -> tuple[dict[str, Any], ...]:
-    """OpenAI's `tool_calls`, the arguments as an object: templates write them as JSON themselves.
-
-    Raises:
-        SkippedConversation: another shape.
-    """
+def _is_unicode(conversation: Conversation) -> bool:
+    """Whether all texts can be written as UTF-8: JSON escapes may hold half of a surrogate pair."""
+    texts = [conversation.id, conversation.category]
+    for message in conversation.messages:
+        texts += [message.content, message.reasoning, message.tool_call_id, message.name]
+    calls = [message.tool_calls for message in conversation.messages if message.tool_calls]
+    if calls or conversation.tools:
+        texts.append(json.dumps([calls, conversation.tools], ensure_ascii=False, default=str))
     try:
-        functions = [dict(call["function"]) for call in calls or ()]
-        for function in functions:
-            if isinstance(function["arguments"], str):
-                function["arguments"] = json.loads(function["arguments"])
-        return tuple({"type": "function", "function": function} for function in functions)
-    except (TypeError, KeyError, ValueError) as error:
-        raise SkippedConversation("malformed tool_calls") from error
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def open_text(path: Path):
-    """A text file for reading, gzip or not."""
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+def _text(record: dict[str, Any], name: str, default: str = "") -> str:
+    value = record.get(name)
+    return default if value is None else str(value)
 
 
-def read_json_lines(path: str | Path) -> Iterator[Any]:
-    """The records of a .jsonl, .jsonl.gz or .json file (a list); a line that is no JSON comes as None.
-
-    Raises:
-        ValueError: the file does not exist or cannot be read.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"the data file {path} does not exist: set data.source.path (or benchmark.path) to a file.")
-    try:
-        with open_text(path) as file:
-            if path.name.removesuffix(".gz").endswith(".json"):
-                yield from json.load(file)
-                return
-            for line in file:
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError:
-                        yield None
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"the data file {path} cannot be read ({error}): is it {path.suffix}, whole, in UTF-8?"
-        ) from error
+def _finished(value: Any) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    raise SkippedConversation(f"finished={one_line(repr(value), 30)}, which is neither true nor false")
 
 
-def parse_all(records: Iterable[Any], where: str, limit: int | None = None) -> list[Conversation]:
-    """All usable conversations of `records`; the skipped ones are counted in one log line.
+def _split(value: Any) -> str:
+    """train, validation or test; "" if not given. `train_sft`, `valid` and the like are known."""
+    if value is None or value == "":
+        return ""
+    word = re.split("[^a-z]", str(value).lower(), maxsplit=1)[0]
+    if word not in NAMED_SPLITS:
+        raise SkippedConversation(
+            f"split={one_line(repr(value), 30)}, which is none of train, validation and test (ignore the column with "
+            "'+data.source.columns={split: null}')"
+        )
+    return NAMED_SPLITS[word]
+
+
+def parse_all(
+    records: Iterable[tuple[str, Any]], where: str, limit: int | None = None, columns: Columns | None = None
+) -> list[Conversation]:
+    """All usable conversations. The skipped ones are counted by reason in one log line, with the first places of each.
+
+    Args:
+        records: (place, record), such as (`line 7`, {…}). where: name of the file. limit: conversations to read.
 
     Raises:
         ValueError: nothing usable is left.
     """
     kept: list[Conversation] = []
-    skipped: Counter[str] = Counter()
-    for number, record in enumerate(records):
+    skipped, first_skipped = Skipped(), None
+    for number, (place, record) in enumerate(records):
         if limit is not None and len(kept) >= limit:
             break
         try:
-            kept.append(parse_conversation(record, f"{where}:{number}"))
+            kept.append(parse_conversation(record, f"{where}:{number}", columns, f"{where} {place}"))
         except SkippedConversation as reason:
-            skipped[str(reason)] += 1
+            skipped.add(reason, place)
+            first_skipped = first_skipped or record
     if skipped:
-        log.warning("%s: kept %d conversations, skipped %s", where, len(kept), dict(skipped))
+        log.warning("%s: kept %d conversations, skipped %d: %s", where, len(kept), skipped.counts.total(), skipped)
     if not kept:
         raise ValueError(
-            f"{where} holds no usable conversation ({dict(skipped) or 'it is empty'}). Expected one object a line with "
-            "`messages` [{role, content}, …] or `conversations` [{from, value}, …]."
+            f"{where} holds no usable conversation ({skipped or 'it is empty'}). Expected one object a line with "
+            "`messages` [{role, content}, …] or `conversations` [{from, value}, …]; for data=questions also with "
+            f"`question` or `turns` [text, …].{how_to_map(first_skipped)}"
         )
     return kept
 
@@ -156,55 +149,73 @@ def with_system_prompt(conversations: list[Conversation], text: str | None) -> l
     return [c if c.messages[0].role == "system" else replace(c, messages=(first, *c.messages)) for c in conversations]
 
 
+def read_conversations(path: str, limit: int | None = None, columns: Columns | None = None) -> list[Conversation]:
+    """The conversations of a file of JSON lines or a JSON array.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no usable conversation.
+    """
+    file = local_path(path)
+    return parse_all(read_records(file), file.name, limit, columns)
+
+
+def _check_source(source: JsonLines | HubDataset) -> None:
+    check_text("data.source.path", source.path)
+    check_whole("data.source.limit", source.limit, 1, null="all conversations")
+    check_text("data.source.system_prompt", source.system_prompt, null="none")
+    check_columns(source.columns)
+
+
 @dataclass(frozen=True)
 class JsonLines:
-    """Conversations of a JSON lines file (`path`; `package://` names a file shipped inside hass_lightning)."""
+    """Conversations of a JSON lines file (`path`; `package://` names a file shipped inside hass_lightning).
+
+    Args:
+        limit: conversations to read (None: all). system_prompt: added to conversations without a system turn.
+        columns: names of the columns to read, where the layout is not known: {prompt: question, response: answer},
+            {messages: dialog, role: speaker, content: text}; a column that is null is not read.
+    """
 
     path: str
     limit: int | None = None
     system_prompt: str | None = None
+    columns: Columns | None = None
+
+    def __post_init__(self) -> None:
+        _check_source(self)
 
     def load(self, target: TargetModel) -> list[Conversation]:
         """Read and check the file."""
-        path = local_path(self.path)
-        return with_system_prompt(parse_all(read_json_lines(path), path.name, self.limit), self.system_prompt)
+        return with_system_prompt(read_conversations(self.path, self.limit, self.columns), self.system_prompt)
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Conversations of a Hugging Face data set (`pip install hass-lightning[data]`), or of a local folder of one."""
+    """Conversations of a Hugging Face data set (`pip install hass-lightning[data]`), or of a local folder of one.
+
+    Args:
+        path: a hub id, a folder of files or of `save_to_disk`, or a Parquet file. split, revision, config: of it.
+        limit, system_prompt, columns: as of `JsonLines`.
+    """
 
     path: str
     split: str = "train"
     revision: str | None = None
     limit: int | None = None
     system_prompt: str | None = None
+    columns: Columns | None = None
+    config: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_source(self)
+        check_text("data.source.split", self.split)
 
     def load(self, target: TargetModel) -> list[Conversation]:
         """Read the data set through the `datasets` library.
 
         Raises:
-            ValueError: it is not installed, or the data set cannot be reached.
+            ValueError: it is not installed, or the data set cannot be read.
         """
-        try:
-            import datasets
-        except ImportError as error:
-            raise ValueError(
-                "data from the hub needs the `datasets` library: pip install 'hass-lightning[data]'"
-            ) from error
-        from hass_lightning.target.source import _hub_answers
-
-        offline = not Path(self.path).exists() and not _hub_answers()
-        if offline:
-            datasets.config.HF_HUB_OFFLINE = True  # what an earlier run left in the cache, without minutes of retries
-        try:
-            records = datasets.load_dataset(self.path, split=self.split, revision=self.revision)
-        except OSError as error:
-            if not offline:
-                raise
-            raise ValueError(
-                f"the data set {self.path} is neither a local folder nor in the cache, and the Hugging Face hub cannot "
-                "be reached: download it elsewhere and set data.source.path to the folder, or use data=jsonl with a "
-                "file."
-            ) from error
-        return with_system_prompt(parse_all(records, self.path, self.limit), self.system_prompt)
+        rows = load_rows(self.path, self.split, self.revision, self.config)
+        records = ((f"row {number}", row) for number, row in enumerate(rows))
+        return with_system_prompt(parse_all(records, self.path, self.limit, self.columns), self.system_prompt)

@@ -1,6 +1,7 @@
-"""Decoders: lossless generation with and without a draft head, on one engine. Plain PyTorch, no Trainer."""
+"""Decoders: lossless generation with and without a draft head, on a shared decoding loop in plain PyTorch."""
 
-from hass_lightning.decoding.decoders import Autoregressive, Chain, DraftModel, DynamicTree, PromptLookup, StaticTree
+from hass_lightning.decoding.decoders import Autoregressive, DraftModel, PromptLookup
+from hass_lightning.decoding.head_decoders import Chain, DynamicTree, Hybrid, StaticTree
 from hass_lightning.decoding.models import Decoder, DecodingModels
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "DecodingModels",
     "DraftModel",
     "DynamicTree",
+    "Hybrid",
     "PromptLookup",
     "StaticTree",
 ]

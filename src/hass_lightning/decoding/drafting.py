@@ -1,10 +1,12 @@
-"""Proposers on an EAGLE head: fixed trees and greedy chains, sampled chains, EAGLE-2's dynamic trees.
+"""Proposers that use a draft head: fixed trees and greedy chains, sampled chains, and EAGLE-2's dynamic trees.
 
-In every cycle the head first reads the newly accepted tokens with the target's *true* features; what it drafted from
-its own features is forgotten (hass.md §5.2). While it drafts, row t = (E[x_{t+1}], h_t) at position t sees true
-features up to the root and its own from there on: what alignment step j trains, draft depth j sees (hass.md §2.2).
+In every cycle the head first reads the newly accepted tokens with the target's features, and the cache entries of its
+own drafts are discarded (docs/method.md, Drafting). While drafting, the input (E[x_{t+1}], h_t) at position t attends
+to target features up to the root and to predicted features after it. Draft depth j sees the context of alignment step j
+(docs/method.md, HCA).
 
-Shapes: K new rows, W rows of a level, N nodes, D hidden, Vd draft vocabulary (types.py has the legend).
+Shapes: K new tokens, W nodes of a level (and width of the target's features), N nodes, D hidden, Vd draft vocabulary
+(see the legend in types.py).
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from hass_lightning.types import Sampling
 
 
 class HeadRows:
-    """The draft head over one growing sequence: accepted rows for good, drafted rows until the next cycle.
+    """The draft head on one growing sequence; drafted tokens stay in its cache until the next cycle.
 
     Args:
-        capacity: rows the sequence can reach, the drafted ones counted.
+        models: the models, with a draft head.
+        capacity: maximum number of cached tokens, including drafted ones.
     """
 
     def __init__(self, models: DecodingModels, capacity: int):
@@ -30,11 +33,16 @@ class HeadRows:
         self.draft, self.head, self.vocabulary = models.draft, models.target.head, models.draft_vocabulary
         self.cache = self.draft.new_cache(1, capacity)
         self.device = models.target.device
-        self.num_rows = 0  # accepted rows; the cache also counts the drafted ones
+        self.num_rows = 0  # accepted tokens; `cache.length` also counts drafted ones
         self._seen = torch.ones(1, capacity, dtype=torch.bool, device=self.device)
 
     def accept(self, token_ids: list[int], features: Tensor) -> Tensor:
-        """Forget the drafted rows, add the K new true ones; the head's output [1, D] at the last."""
+        """Discard the drafted tokens, read K accepted ones and return the head's output [1, D] at the last.
+
+        Args:
+            token_ids: the K accepted tokens.
+            features: [K, W], target features of the tokens before them.
+        """
         cache, count = self.cache, len(token_ids)
         cache.length = self.num_rows
         embeddings = self.head.embed(torch.tensor([token_ids], device=self.device))
@@ -44,14 +52,16 @@ class HeadRows:
         return output[0, -1:]
 
     def draft_rows(self, token_ids: Tensor, features: Tensor, mask: Tensor | None, level: int) -> Tensor:
-        """Run drafted nodes `level` deep.
+        """Run the head on drafted nodes at depth `level`.
 
         Args:
-            token_ids: [W]. features: [W, D], the head's own, of their parents. mask: bool [W, rows drafted so far + W]
-                over drafted rows (None: a single row that sees all).
+            token_ids: [W].
+            features: [W, D], predicted features of their parents.
+            mask: bool [W, tokens drafted so far + W] over drafted tokens (None: a single node that attends to all).
+            level: depth of the nodes, from 1.
 
         Returns:
-            the head's estimate [W, D] of the nodes' own features.
+            Predicted features [W, D] of the nodes.
         """
         width = token_ids.shape[0]
         if mask is not None:
@@ -61,17 +71,21 @@ class HeadRows:
         self.cache.advance(width)
         return output[0]
 
+    def logits(self, features: Tensor) -> Tensor:
+        """Compute draft logits [W, Vd] of predicted features [W, D]."""
+        return self.draft.logits(features, self.vocabulary)
+
     def guesses(self, features: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (fp32, temperature 1) and target token ids, each [W, width], best first."""
-        logits = self.vocabulary.logits(features).float()
+        """Return the `width` most probable next tokens: log-probabilities (fp32) and token ids, each [W, width]."""
+        logits = self.logits(features).float()
         top = logits.topk(width, dim=-1)
-        # never above 0: a child must not outscore its parent by rounding
+        # clamped, so that rounding cannot give a child a higher score than its parent
         scores = (top.values - logits.logsumexp(-1, keepdim=True)).clamp(max=0)
         return scores, self.vocabulary.to_token_ids(top.indices)
 
 
 class StaticTreeProposer:
-    """A fixed tree (EAGLE-1) and, as its width-1 case, the greedy chain."""
+    """Proposes a fixed tree (EAGLE-1) or, with width 1, a greedy chain."""
 
     def __init__(self, models: DecodingModels, plan: StaticPlan, max_tokens: int):
         self.plan = plan
@@ -79,7 +93,7 @@ class StaticTreeProposer:
         self.rows = HeadRows(models, max_tokens + self.max_nodes)
 
     def propose(self, token_ids: list[int], features: Tensor) -> DraftTree:
-        """The same tree in each cycle, with the draft's best tokens of that rank."""
+        """Return the fixed tree with the draft head's tokens of each rank."""
         own = self.rows.accept(token_ids, features)  # [1, D]
         drafted = [torch.tensor(token_ids[-1:], device=self.rows.device)]
         for number, level in enumerate(self.plan.levels):
@@ -94,7 +108,7 @@ class StaticTreeProposer:
 
 
 class SampledChainProposer:
-    """A chain whose tokens are drawn from the head's processed distribution: verified with min(1, p/q)."""
+    """Proposes a chain sampled from the head's processed distribution, to be verified with min(1, p/q)."""
 
     def __init__(
         self,
@@ -112,7 +126,7 @@ class SampledChainProposer:
         self.shape = chain_shape(depth).to(self.rows.device)
 
     def propose(self, token_ids: list[int], features: Tensor) -> DraftTree:
-        """Tokens and the distributions they were drawn from."""
+        """Return the chain with the distributions that its tokens were sampled from."""
         own = self.rows.accept(token_ids, features)
         vocabulary = self.rows.vocabulary
         drafted = [torch.tensor(token_ids[-1:], device=self.rows.device)]
@@ -120,7 +134,7 @@ class SampledChainProposer:
         for level in range(self.max_nodes - 1):
             if level > 0:
                 own = self.rows.draft_rows(drafted[-1], own, None, level)
-            q.append(draws.probabilities(vocabulary.logits(own), self.sampling))
+            q.append(draws.probabilities(self.rows.logits(own), self.sampling))
             drafted.append(vocabulary.to_token_ids(draws.categorical(q[-1], self.generator)))
         rows = torch.cat(q)
         full = rows.new_zeros(self.max_nodes, self.vocab_size)
@@ -132,7 +146,7 @@ class SampledChainProposer:
 
 
 class DynamicTreeProposer:
-    """EAGLE-2 (arXiv 2406.16858): expand the best `width` nodes of each level, verify the best of all candidates."""
+    """EAGLE-2 (arXiv 2406.16858): expands the best `width` nodes of each level, proposes the best of all candidates."""
 
     def __init__(self, models: DecodingModels, num_nodes: int, depth: int, width: int, max_tokens: int):
         self.max_nodes, self.depth, self.width = num_nodes, depth, width
@@ -140,14 +154,20 @@ class DynamicTreeProposer:
         self.candidates = Candidates.build(depth, width, self.rows.device)
 
     def propose(self, token_ids: list[int], features: Tensor) -> DraftTree:
-        """The tree with the greatest expected number of accepted tokens, by the head's own probabilities."""
+        """Return the tree with the greatest expected number of accepted tokens under the head's probabilities."""
+        scores, parents, ids = self.search(token_ids, features)
+        chosen, shape = select_nodes(scores, parents, self.candidates.depths, self.max_nodes - 1, self.depth)
+        root = torch.tensor(token_ids[-1:], device=self.rows.device)
+        return DraftTree(torch.cat([root, ids[chosen]]), shape)
+
+    def search(self, token_ids: list[int], features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the candidates: cumulative log-probabilities, parents (-1 for the root) and token ids, each [C]."""
         rows, width, known = self.rows, self.width, self.candidates
-        root = torch.tensor(token_ids[-1:], device=rows.device)
         own = rows.accept(token_ids, features)  # [1, D]
         level_scores, level_ids = rows.guesses(own, width)
         scores, ids = [level_scores[0]], [level_ids[0]]
         parents = [torch.full_like(ids[0], -1)]
-        frontier = torch.arange(width, device=rows.device)  # the expanded nodes, as indices into the last level
+        frontier = torch.arange(width, device=rows.device)  # expanded nodes, as indices into the last level
         inputs, mask = own.expand(width, -1), known.eye
         for level in range(1, self.depth):
             frontier_scores = scores[-1][frontier]
@@ -161,7 +181,4 @@ class DynamicTreeProposer:
                 slots = frontier // width
                 inputs = own[slots]
                 mask = torch.cat([mask[slots], known.eye], dim=1)
-        chosen, shape = select_nodes(
-            torch.cat(scores), torch.cat(parents), known.depths, self.max_nodes - 1, self.depth
-        )
-        return DraftTree(torch.cat([root, torch.cat(ids)[chosen]]), shape)
+        return torch.cat(scores), torch.cat(parents), torch.cat(ids)

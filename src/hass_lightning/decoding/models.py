@@ -1,34 +1,46 @@
-"""What a decoder is given: the models, and the protocol every decoder follows."""
+"""The models passed to a decoder, and the protocol of decoders."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import torch
 
-from hass_lightning.draft import EagleDraft
-from hass_lightning.target import DraftVocabulary, TargetModel
+from hass_lightning.draft import DraftHead, SavedDraft
+from hass_lightning.target_model import DraftVocabulary, TargetModel
 from hass_lightning.types import DecodeResult, Sampling
 
 
 @dataclass
 class DecodingModels:
-    """The models of one decoding run. A decoder refuses what it needs and does not find (`Decoder.check`).
+    """The models of one decoding run. `Decoder.check` raises an error if one that the decoder needs is missing.
 
     Args:
-        target: the verified model. draft: an EAGLE head in the target's dtype, on its device.
-        vocabulary: the LM head rows the draft head proposes from (default: all of them).
+        target: the model that verifies. Its features become those that the head reads.
+        draft: a draft head in the target's dtype and on its device.
+        vocabulary: the draft vocabulary (None: the full LM head).
         small: a small causal LM with the target's vocabulary, for `DraftModel`.
         trace: record `DecodeResult.logit_gaps` (greedy decoding only; costs a top-2 over the verified logits).
     """
 
     target: TargetModel
-    draft: EagleDraft | None = None
+    draft: DraftHead | None = None
     vocabulary: DraftVocabulary | None = None
     small: TargetModel | None = None
     trace: bool = False
+
+    def __post_init__(self) -> None:
+        if self.draft is not None and self.target.feature_layers != self.draft.feature_layers:
+            self.target = self.target.reading(self.draft.feature_layers)
+
+    @classmethod
+    def of(cls, target: TargetModel, saved: SavedDraft, small: TargetModel | None = None) -> DecodingModels:
+        """Prepare a saved head for decoding with `target`: in its dtype and on its device."""
+        draft = saved.for_decoding(target.dtype, target.device)
+        return cls(target, draft, target.head.draft_vocabulary(saved.token_ids), small)
 
     @cached_property
     def draft_vocabulary(self) -> DraftVocabulary:
@@ -37,20 +49,20 @@ class DecodingModels:
 
 
 class Decoder(Protocol):
-    """A way to decode. Its fields are its settings; it holds no model and no state."""
+    """A decoding method. Its fields are its settings; it holds no model and no state."""
 
     @property
     def name(self) -> str:
-        """What records and tables call it (the file name in conf/decoding)."""
+        """Name in records and tables (the file name in conf/decoding)."""
         ...
 
     @property
     def acceptance(self) -> str:
-        """The acceptance rule above temperature 0: `none`, `deterministic` or `sampled` (see verify.py)."""
+        """Acceptance rule above temperature 0: `none`, `deterministic` or `sampled` (see verify.py)."""
         ...
 
     def check(self, models: DecodingModels) -> None:
-        """Raise ValueError when a model is missing or does not fit the settings."""
+        """Raise ValueError if a model is missing or does not fit the settings."""
         ...
 
     def generate(
@@ -61,13 +73,31 @@ class Decoder(Protocol):
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         generator: torch.Generator | None = None,
     ) -> DecodeResult:
-        """The answer to `prompt` and its trace.
+        """Decode the answer to `prompt`, with its trace.
 
         Args:
-            prompt: token ids, at least one. max_new_tokens: longest answer, the end token counted.
-            generator: a CPU generator, the only source of randomness (None: torch's global one).
+            models: the models.
+            prompt: token ids, at least one.
+            max_new_tokens: maximum length of the answer, including the end token.
+            sampling: the sampling parameters.
+            generator: a CPU generator, the only source of randomness (None: torch's global generator).
 
         Raises:
-            ValueError: empty or over-long prompt, `max_new_tokens` below 1, models that do not fit.
+            ValueError: if the prompt is empty or too long, `max_new_tokens` is below 1, or a model does not fit.
+        """
+        ...
+
+    def stream(
+        self,
+        models: DecodingModels,
+        prompt: list[int],
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        generator: torch.Generator | None = None,
+    ) -> Iterator[DecodeResult]:
+        """Decode as `generate` does, and yield the growing result after each forward of the target.
+
+        Raises:
+            ValueError: as in `generate`.
         """
         ...

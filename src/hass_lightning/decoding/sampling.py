@@ -1,7 +1,7 @@
-"""Distributions that are sampled from, and the two kinds of random event of a decoder.
+"""Processed distributions and random draws of the decoders.
 
-All randomness is drawn on the host from one CPU generator, so that a seed gives the same text on any device.
-Shapes: R rows, V vocabulary, N nodes (types.py has the legend).
+All random numbers come from one CPU generator, so that a seed gives the same text on any device.
+Shapes: V vocabulary, N nodes (see the legend in types.py).
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from hass_lightning.types import Sampling
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits [..., V] to the processed distribution [..., V]: temperature, then top-k, then top-p.
+    """Convert logits [..., V] to the processed distribution [..., V]: temperature, then top-k, then top-p.
 
-    Computed in fp32 (fp64 logits stay fp64). Every distribution that is sampled from goes through here: the draft's,
-    the target's, and the one the bonus token is drawn from (the official code forgets that one, hass.md §5.3).
+    Computed in fp32 (fp64 for fp64 logits). Used for every distribution that is sampled from: the draft's, the target's
+    and that of the bonus token (which the official code does not process, docs/method.md, Verification).
     """
     assert sampling.temperature > 0, "temperature 0 is an argmax, not a distribution"
     scores = logits if logits.dtype == torch.float64 else logits.float()
     scores = scores / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
-        # the indices of topk, not a threshold: ties must not let a k+1st token in
+        # indices instead of a threshold, so that ties cannot admit more than k tokens
         values, indices = scores.topk(sampling.top_k, dim=-1)
         kept = _nucleus(values.softmax(-1), sampling.top_p)
         return torch.zeros_like(scores).scatter(-1, indices, kept)
@@ -34,15 +34,15 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def best(logits: Tensor) -> Tensor:
-    """The greedy choice [...] of logits [..., V], the first of equals.
+    """Greedy token [...] of logits [..., V], the first of equals.
 
-    `argmax` by another name: for bf16 on a CPU torch's own takes four times as long as `max`.
+    Four times faster than `torch.argmax` for bf16 on a CPU.
     """
     return logits.max(-1).indices
 
 
 def _nucleus(sorted_p: Tensor, top_p: float) -> Tensor:
-    """The smallest head of a descending distribution that holds `top_p`, renormalised."""
+    """Keep the smallest prefix of a descending distribution whose mass reaches `top_p`, and renormalise it."""
     if top_p >= 1:
         return sorted_p
     before = sorted_p.cumsum(-1) - sorted_p
@@ -52,7 +52,7 @@ def _nucleus(sorted_p: Tensor, top_p: float) -> Tensor:
 
 
 def categorical(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One index [...] a row of unnormalised `weights` [..., V], by the inverse CDF of a host uniform."""
+    """Sample one index [...] per distribution from unnormalised `weights` [..., V] by inverse transform sampling."""
     cumulative = weights.double().cumsum(-1)
     uniform = torch.rand(weights.shape[:-1], dtype=torch.float64, generator=generator).to(weights.device)
     threshold = uniform[..., None] * cumulative[..., -1:]
@@ -60,6 +60,6 @@ def categorical(weights: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def bernoulli(thresholds: Tensor, generator: torch.Generator | None) -> Tensor:
-    """True with probability `thresholds` [N], independently: bool [N]."""
+    """Sample independent booleans [N] that are True with probability `thresholds` [N]."""
     uniform = torch.rand(thresholds.shape, dtype=torch.float64, generator=generator)
     return uniform.to(thresholds.device) < thresholds

@@ -1,7 +1,7 @@
-"""Draft trees as tensors: nodes, parents, ancestor mask, depths, and EAGLE-2's choice of the nodes worth verifying.
+"""Draft trees as tensors, and the node selection of EAGLE-2.
 
-A tree has N nodes; node 0 is the root, the last token of the sequence so far, and each parent precedes its children.
-Shapes: N nodes, C candidates, W width, V vocabulary (types.py has the legend).
+A tree has N nodes. Node 0 is the root, the last token of the sequence so far. Each parent precedes its children.
+Shapes: N nodes, C candidates, W width, V vocabulary (see the legend in types.py).
 """
 
 from __future__ import annotations
@@ -14,64 +14,66 @@ from torch import Tensor
 
 @dataclass
 class TreeShape:
-    """Who descends from whom."""
+    """Structure of a draft tree."""
 
     parents: Tensor  # [N] int64, parents[0] = 0
     depths: Tensor  # [N] int64, 0 for the root
-    mask: Tensor  # [N, N] bool, mask[i, j]: j is an ancestor of i or i itself
+    mask: Tensor  # [N, N] bool, mask[i, j]: j is i or an ancestor of i
 
     def __len__(self) -> int:
         return int(self.parents.shape[0])
 
     def to(self, device: torch.device | str) -> TreeShape:
-        """The same shape on another device."""
+        """Return the structure on another device."""
         return TreeShape(self.parents.to(device), self.depths.to(device), self.mask.to(device))
 
 
 @dataclass
 class DraftTree:
-    """What one cycle offers to the target.
+    """The draft tokens of one cycle.
 
-    `q`, for sampled proposals (a chain): row i is the distribution that node i's child was drawn from, over the full
-    vocabulary; zeros for the last node, which has no child. None for deterministic proposals.
+    Attributes:
+        token_ids: [N] int64.
+        shape: structure of the tree.
+        q: [N, V], for a sampled chain: q[i] is the distribution over the full vocabulary that the child of node i was
+            sampled from (zeros for the last node). None for deterministic proposals.
     """
 
-    token_ids: Tensor  # [N] int64
+    token_ids: Tensor
     shape: TreeShape
-    q: Tensor | None = None  # [N, V]
+    q: Tensor | None = None
 
 
 def ancestor_mask(parents: Tensor, depth: int) -> Tensor:
-    """Ancestors-or-self [N, N] of `parents` [N] whose deepest node is at most `depth` deep: one step a level."""
+    """Compute the mask [N, N] of each node and its ancestors from `parents` [N], for trees up to `depth` levels."""
     nodes = torch.arange(parents.shape[0], device=parents.device)
-    mask = nodes[:, None] == nodes[None, :]
-    ancestors = parents
-    for _ in range(depth):
-        mask[nodes, ancestors] = True
-        ancestors = parents[ancestors]
+    mask, ancestors = nodes[:, None] == nodes[None, :], parents
+    for _ in range(depth.bit_length()):  # each step sees twice as far up
+        mask = mask | mask[ancestors]
+        ancestors = ancestors[ancestors]
     return mask
 
 
 def chain_shape(depth: int) -> TreeShape:
-    """A path of `depth` nodes below the root."""
+    """Structure of a chain with `depth` nodes below the root."""
     nodes = torch.arange(depth + 1)
     return TreeShape((nodes - 1).clamp(min=0), nodes, nodes[None, :] <= nodes[:, None])
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The constants of a dynamic tree's candidates, which depend on (depth, width) alone.
+    """Constants of a dynamic tree's candidates, which depend only on depth and width.
 
-    Level 1 has `width` candidates; each deeper level has width² (every frontier node's best `width` children).
+    Level 1 has `width` candidates. Each deeper level has width²: the best `width` children of each expanded node.
     """
 
     depths: Tensor  # [C] int64
-    offsets: tuple[int, ...]  # index of the first candidate of each level, the root (0) not counted
+    offsets: tuple[int, ...]  # index of the first candidate of each level, not counting the root
     eye: Tensor  # [W, W] bool
 
     @classmethod
     def build(cls, depth: int, width: int, device: torch.device | str = "cpu") -> Candidates:
-        """For a tree of `depth` levels and a frontier of `width`."""
+        """Build the constants for `depth` levels with `width` expanded nodes each."""
         sizes = [width] + [width * width] * (depth - 1)
         levels = torch.arange(1, depth + 1).repeat_interleave(torch.tensor(sizes))
         offsets = tuple(sum(sizes[:level]) for level in range(depth))
@@ -79,21 +81,26 @@ class Candidates:
 
 
 def num_candidates(depth: int, width: int) -> int:
-    """Draft nodes that a search of this depth and width looks at."""
+    """Number of candidates in a search of this depth and width."""
     return width + (depth - 1) * width * width
 
 
 def select_nodes(scores: Tensor, parents: Tensor, depths: Tensor, count: int, depth: int) -> tuple[Tensor, TreeShape]:
-    """EAGLE-2's rerank: the `count` best candidates by cumulative log-probability, as a tree below the root.
+    """Select the `count` candidates with the highest cumulative log-probability (the reranking of EAGLE-2).
 
-    Closed under ancestors: no child scores above its parent (log-probabilities are clamped at 0, fp32), a parent comes
-    earlier, and the sort is stable, so a tie keeps the parent (the official code loses it, hass.md §7.20).
+    The selection contains the ancestors of every selected node: no child scores above its parent (log-probabilities are
+    fp32 and clamped at 0), parents come first and the sort is stable, so a tie keeps the parent. The official code can
+    drop it (docs/method.md, Drafting).
 
     Args:
-        scores, depths: [C]. parents: [C], the candidate's parent candidate, -1 for the root.
+        scores: [C], cumulative log-probabilities.
+        parents: [C], index of the parent candidate, -1 for the root.
+        depths: [C].
+        count: number of candidates to select.
+        depth: levels of the tree.
 
     Returns:
-        the chosen candidates [count] in creation order, and their tree (count + 1 nodes).
+        The selected candidates [count] in order of creation, and their tree (count + 1 nodes).
     """
     chosen = scores.sort(descending=True, stable=True).indices[:count].sort().values
     node_of = torch.zeros(scores.shape[0] + 1, dtype=torch.int64, device=scores.device)  # [-1]: the root
@@ -106,25 +113,25 @@ def select_nodes(scores: Tensor, parents: Tensor, depths: Tensor, count: int, de
 
 @dataclass(frozen=True)
 class Level:
-    """How one level of a static tree is drafted: which rows are run, and which of their guesses become nodes."""
+    """Index tensors to draft one level of a static tree: the nodes to run, and the draft tokens to keep."""
 
     source: Tensor  # [W] index of each expanded node within the level's nodes (empty: level below the root)
-    mask: Tensor  # [W, rows so far] bool, which drafted rows an expanded node attends to
-    slots: Tensor  # [K] for each node of the next level: the expanded node it hangs on
-    ranks: Tensor  # [K] … and its rank among that node's guesses
-    width: int  # guesses needed of each expanded node
+    mask: Tensor  # [W, tokens drafted so far] bool, the drafted tokens that an expanded node attends to
+    slots: Tensor  # [K] for each node of the next level: its parent among the expanded nodes
+    ranks: Tensor  # [K] for each node of the next level: its rank among the parent's draft tokens
+    width: int  # draft tokens needed per expanded node
 
 
 @dataclass(frozen=True)
 class StaticPlan:
-    """A fixed tree with the index tensors that draft it level by level."""
+    """A fixed tree with the index tensors to draft it level by level."""
 
     shape: TreeShape
     levels: tuple[Level, ...]
 
     @classmethod
     def build(cls, paths: tuple[tuple[int, ...], ...], device: torch.device | str = "cpu") -> StaticPlan:
-        """From paths of child ranks; each path's parent must be among them (decoders.StaticTree checks)."""
+        """Build the plan from paths of ranks, which must contain each path's parent (checked by `StaticTree`)."""
         nodes = [(), *sorted(paths, key=lambda path: (len(path), path))]
         number = {path: index for index, path in enumerate(nodes)}
         parents = torch.tensor([number[path[:-1]] for path in nodes])

@@ -1,10 +1,11 @@
-"""Acceptance rules: which drafted tokens the target keeps, and the token it adds. All of them are lossless.
+"""Acceptance rules: which draft tokens are accepted, and the bonus token after them. All of them are lossless.
 
-Greedy: a node is kept when it is the target's argmax after its parent. Deterministic proposals (the draft's best tokens
-in order): sequential rejection without replacement (hass.md §5.3). Sampled proposals: min(1, p/q) with the residual
-(p - q)+ (Leviathan et al. 2023, arXiv 2211.17192). No loop over nodes and no host synchronisation.
+Greedy: a node is accepted if it is the target's argmax after its parent. Deterministic proposals (the draft's most
+probable tokens in order): sequential rejection without replacement (docs/method.md, Verification). Sampled proposals:
+min(1, p/q) with the residual (p - q)+ (Leviathan et al. 2023, arXiv 2211.17192). No loop over nodes and no
+host synchronization.
 
-Shapes: N nodes, V vocabulary (types.py has the legend).
+Shapes: N nodes, V vocabulary (see the legend in types.py).
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from hass_lightning.types import Sampling
 def verify(
     tree: DraftTree, logits: Tensor, sampling: Sampling, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Compare a draft tree with the target.
+    """Verify a draft tree.
 
     Args:
-        logits: [N, V], the target's after each node.
+        tree: the draft tree.
+        logits: [N, V], target logits after each node.
+        sampling: the sampling parameters.
+        generator: a CPU generator.
 
     Returns:
-        the accepted path as bool [N] (the root included), and the token [] that follows it.
+        The accepted path as bool [N], including the root, and the bonus token [] after it.
     """
     if sampling.temperature == 0:
         choice = draws.best(logits)  # [N]
@@ -39,17 +43,17 @@ def verify(
 
 
 def earlier_siblings(shape: TreeShape) -> Tensor:
-    """bool [N, N]: j is offered before i, below the same parent."""
+    """Mask bool [N, N] that is True at (i, j) if j is an earlier child of i's parent."""
     nodes = torch.arange(len(shape), device=shape.parents.device)
     same = shape.parents[:, None] == shape.parents[None, :]
     return same & (nodes[None, :] < nodes[:, None]) & (nodes[None, :] > 0)
 
 
 def thresholds(tree: DraftTree, p: Tensor) -> Tensor:
-    """Probability [N] of accepting each node, once its parent is accepted and its earlier siblings are rejected.
+    """Probability [N] of accepting each node, given that its parent is accepted and its earlier siblings rejected.
 
-    Deterministic: p(x) over the mass that the rejected siblings leave. Sampled: min(1, p(x)/q(x)). The root: 1.
-    `p` is [N, V].
+    Deterministic proposals: p(x) divided by the mass that the rejected siblings leave. Sampled proposals:
+    min(1, p(x)/q(x)). Root: 1. `p` is [N, V].
     """
     parents = tree.shape.parents
     own = p[parents, tree.token_ids]  # [N] p(x | parent)
@@ -63,27 +67,27 @@ def thresholds(tree: DraftTree, p: Tensor) -> Tensor:
 
 
 def first_sibling(accepted: Tensor, shape: TreeShape) -> Tensor:
-    """Of the accepted siblings the first alone [N]: the others would never have been offered."""
+    """Keep only the first accepted sibling [N]; the later ones would not have been tried."""
     return accepted & ~(earlier_siblings(shape) & accepted[None, :]).any(-1)
 
 
 def accepted_path(taken: Tensor, shape: TreeShape) -> Tensor:
-    """Nodes [N] all of whose ancestors are taken; the root is always on the path. One child a node is taken at most."""
+    """Nodes [N] on the accepted path: accepted with all ancestors. At most one child per node may be in `taken`."""
     refused = ~taken
     refused[0] = False
     return ~(shape.mask & refused[None, :]).any(-1)
 
 
 def last_node(path: Tensor) -> Tensor:
-    """Index [1] of the deepest node of a path: parents precede children.
+    """Index [1] of the deepest node of a path (the last one, because parents precede children).
 
-    Not []: the host waits for such an index.
+    The shape is [1] because indexing with a 0-d tensor synchronizes with the host.
     """
     return (path * torch.arange(path.shape[0], device=path.device)).amax(0, keepdim=True)
 
 
 def residual(tree: DraftTree, p: Tensor, last: Tensor) -> Tensor:
-    """Weights [V] of the token after the path's last node, all of whose children were rejected (or that has none)."""
+    """Unnormalized distribution [V] of the bonus token after the last accepted node."""
     target = p[last][0]
     if tree.q is not None:
         left = (target - tree.q[last][0]).clamp(min=0)
@@ -92,5 +96,5 @@ def residual(tree: DraftTree, p: Tensor, last: Tensor) -> Tensor:
         children[0] = False
         offered = torch.zeros_like(target).index_add_(0, tree.token_ids, children.to(target.dtype))
         left = target.masked_fill(offered > 0, 0)
-    # rounding can reject the last token of the support: then any token of the target's distribution will do
+    # rounding can reject the last token of the support; sample from the target's distribution then
     return torch.where(left.sum() > 0, left, target)

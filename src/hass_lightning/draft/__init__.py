@@ -1,8 +1,21 @@
-"""The draft head, its aligned training passes and its files."""
+"""The draft head, its aligned training pass and its checkpoints."""
 
 from hass_lightning.draft.alignment import Alignment, unroll
 from hass_lightning.draft.checkpoint import SavedDraft, load_draft, save_draft
-from hass_lightning.draft.eagle import EagleDraft, draft_config
-from hass_lightning.draft.official import import_head
+from hass_lightning.draft.eagle import EagleDraft
+from hass_lightning.draft.eagle3 import Eagle3Draft
+from hass_lightning.draft.head import DraftHead, draft_config
+from hass_lightning.draft.import_official import import_head
 
-__all__ = ["Alignment", "EagleDraft", "SavedDraft", "draft_config", "import_head", "load_draft", "save_draft", "unroll"]
+__all__ = [
+    "Alignment",
+    "DraftHead",
+    "Eagle3Draft",
+    "EagleDraft",
+    "SavedDraft",
+    "draft_config",
+    "import_head",
+    "load_draft",
+    "save_draft",
+    "unroll",
+]

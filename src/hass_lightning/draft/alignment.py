@@ -1,14 +1,15 @@
-"""Harmonized context alignment (HCA, paper §3.2): several training steps that see what decoding will see.
+"""Harmonized context alignment (HCA, paper §3.2): training steps with the context that decoding has.
 
-Step j runs the head on features that are j-1 drafts deep. Row t then sees, for each position 0 … t exactly once, the
-true feature (positions ≤ t-(j-1)) or the head's own estimate from step i (position t-(j-1-i)): hass.md §2.2.
+Step j runs the head on features predicted by step j-1. Position t then attends to each position 0 … t exactly once:
+to the target feature at positions ≤ t-(j-1), and to the feature predicted by step i at position t-(j-1-i)
+(docs/method.md, HCA).
 
-Shapes: B batch, T rows, D hidden (types.py has the legend).
+Shapes: B batch, T positions, D hidden (see the legend in types.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,23 +18,30 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hass_lightning.draft.attention import Band, banded_attention
-from hass_lightning.draft.eagle import EagleDraft
+from hass_lightning.draft.head import DraftHead
 from hass_lightning.schedules import Scheduled, scheduled
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """How training is aligned with decoding.
+    """Configuration of the alignment steps.
 
     Args:
-        depth: number of alignment steps; 1 is EAGLE's own training, 3 the paper's choice. May be a schedule (`at`).
-        step_weights: weight of each step's loss, default 1 each (the official code sums the steps); a number β weighs
-            step j with β^(j-1) (the paper re-weights its steps, too).
-        mask: `exact`, or `leaky` as in the official code, which puts masked scores at 0 instead of -inf before the
-            softmax (hass.md §7.1); for the ablation only.
-        gradient: `detach` the features between the steps as the official code does, or `bptt`: back-propagate through
-            them as well, which truncates back-propagation through time at `depth` steps.
-        checkpoint: recompute the layer in the backward instead of keeping its activations (less memory, more time).
+        depth: number of alignment steps; 1 is EAGLE's training, 3 the paper's choice. May be a schedule (`at`).
+        step_weights: weight of each step's loss. Default: 1 each (the official code sums the steps). A number β weights
+            step j by β^(j-1) (the paper also re-weights its steps).
+        mask: `exact`, or `leaky` as in the official code, which sets masked scores to 0 instead of -inf before the
+            softmax (docs/method.md, HCA); for the ablation only.
+        gradient: `detach` detaches the features between steps, as in the official code. `bptt` also back-propagates
+            through them, which is back-propagation through time truncated at `depth` steps.
+        checkpoint: activation checkpointing: recompute the layer in the backward pass (less memory, more time).
+        edge: what the first j-1 rows of step j do, whose chain would start before the sequence: `keep` trains them on
+            the target's features, as in the official HASS code; `drop` leaves them out of the loss, as EAGLE-3 does.
+        alive: leave a row out of the loss of step j once its token was not among the draft's `alive` most probable ones
+            in an earlier step (GRIFFIN, arXiv 2502.11018, with 3). None: never.
+
+    Raises:
+        ValueError: if a value is not one of these, or `step_weights` does not match `depth`.
     """
 
     depth: Any = 3
@@ -41,16 +49,22 @@ class Alignment:
     mask: Literal["exact", "leaky"] = "exact"
     gradient: Literal["detach", "bptt"] = "detach"
     checkpoint: bool = False
+    edge: Literal["keep", "drop"] = "keep"
+    alive: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         greatest = max(int(value) for value in self.depths.values)
         if self.mask not in ("exact", "leaky"):
             raise ValueError(f"model.alignment.mask={self.mask} is neither exact nor leaky.")
         if self.gradient not in ("detach", "bptt"):
             raise ValueError(f"model.alignment.gradient={self.gradient} is neither detach nor bptt.")
+        if self.edge not in ("keep", "drop"):
+            raise ValueError(f"model.alignment.edge={self.edge} is neither keep nor drop.")
+        if self.alive is not None and (not isinstance(self.alive, int) or self.alive < 1):
+            raise ValueError(f"model.alignment.alive={self.alive} must be a whole number from 1, or null.")
         if isinstance(self.step_weights, int | float):
             if self.step_weights <= 0:
-                raise ValueError(f"model.alignment.step_weights={self.step_weights}: as β it must be above 0.")
+                raise ValueError(f"model.alignment.step_weights={self.step_weights}: β must be above 0.")
             weights = tuple(float(self.step_weights) ** step for step in range(greatest))
             object.__setattr__(self, "step_weights", weights)
         elif self.step_weights is not None:
@@ -58,16 +72,16 @@ class Alignment:
             if len(self.step_weights) != greatest:
                 raise ValueError(
                     f"model.alignment.step_weights has {len(self.step_weights)} values for depth {greatest}: give "
-                    "one a step, a number β for β^(step-1), or null for equal weights."
+                    "one value per step, a number β for β^(step-1), or null for equal weights."
                 )
 
     @property
     def depths(self) -> Scheduled:
-        """The depth as a function of progress."""
+        """Depth as a function of progress."""
         return scheduled("model.alignment.depth", self.depth, least=1, whole=True)
 
     def at(self, progress: float) -> Alignment:
-        """The alignment with its depth at `progress` (0 to 1) of the run."""
+        """Return the alignment with its depth at `progress` (0 to 1) of the run."""
         if not isinstance(self.depth, Mapping):
             return self
         depth = int(self.depths.at(progress))
@@ -76,12 +90,12 @@ class Alignment:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """One weight a step."""
+        """Weight of each step."""
         return self.step_weights or (1.0,) * self.depth  # type: ignore[return-value]
 
 
 def needed_rows(rows: Tensor, depth: int) -> Tensor:
-    """Rows [B, T] whose estimates the wanted `rows` depend on: themselves and the depth-1 rows before each."""
+    """Positions [B, T] whose predictions `rows` depends on: those in `rows` and the depth-1 before each of them."""
     needed = rows.clone()
     for distance in range(1, depth):
         needed[:, :-distance] |= rows[:, distance:]
@@ -89,49 +103,63 @@ def needed_rows(rows: Tensor, depth: int) -> Tensor:
 
 
 def _step(
-    draft: EagleDraft,
+    draft: DraftHead,
     u: Tensor,
+    residual: Tensor,
     rotary: tuple[Tensor, Tensor],
     bands: list[Band],
     alignment: Alignment,
     rows: Tensor | None,
 ) -> Tensor:
-    """One alignment step from its fused input `u` [B, T, D] and all bands: the estimates [B, T, D]."""
+    """Run one alignment step: its input `u`, the residual [B, T, D] and all bands to predicted features [B, T, D]."""
     queries = draft.layer.self_attn.queries(u, rotary)
     attended = banded_attention(queries, bands, draft.attention, alignment.mask == "leaky")
-    return draft.layer.finish(u, attended, rows)
+    return draft.layer.finish(residual, attended, rows)
 
 
 def unroll(
-    draft: EagleDraft, embeddings: Tensor, features: Tensor, alignment: Alignment, rows: Tensor | None = None
+    draft: DraftHead,
+    embeddings: Tensor,
+    features: Tensor,
+    alignment: Alignment,
+    rows: Tensor | None = None,
+    watch: Callable[[Tensor, Sequence[Band]], object] | None = None,
 ) -> Iterator[Tensor]:
-    """The head's features f^1 … f^J, one alignment step after the other.
+    """Run the alignment steps in order and yield the head's predicted features f^1 … f^J.
 
-    Bands are projected once and keep their graph, so that one backward of the summed step losses has the gradient of
-    the official code's J backwards. Between the steps features are detached, unless `alignment.gradient` is bptt.
+    The keys and values of each band are projected once and keep their graph, so one backward pass of the summed step
+    losses gives the gradient of the J backward passes of the official code. Features are detached between steps unless
+    `alignment.gradient` is bptt.
 
     Args:
-        embeddings: [B, T, D] of tokens t+1. features: [B, T, D], the target's, of tokens t.
-        rows: bool [B, T], the rows whose estimates are wanted (None: all). Prompts and padding then skip the larger
-            part of the layer; what is yielded for other rows means nothing.
+        draft: the draft head.
+        embeddings: [B, T, D], embeddings of tokens t+1.
+        features: [B, T, W], target features of tokens t.
+        alignment: the configuration, with `depth` an int (`Alignment.at`).
+        rows: bool [B, T], positions whose predictions are needed (None: all). Prompts and padding then skip most of the
+            layer; values yielded for other positions are undefined.
+        watch: called in each step with the queries [B, H, T, d] and the bands of its attention.
 
     Yields:
-        [B, T, D], the estimate of feature t+1 by a draft j deep.
+        [B, T, D], feature t+1 as predicted at draft depth j.
     """
     if rows is not None:
         rows = needed_rows(rows, alignment.depth)
     layer = draft.layer
     positions = torch.arange(features.shape[1], device=features.device)[None]
     rotary = draft.rotary(positions)
-    u = draft.fuse(embeddings, features)
+    features = draft.read(features)  # [B, T, D]
+    u, residual = draft.inputs(embeddings, features)
     bands: list[Band] = []
     for step in range(alignment.depth):
         bands.append(layer.self_attn.keys_values(u, rotary))
+        if watch is not None:
+            watch(layer.self_attn.queries(u, rotary), bands)
         if alignment.checkpoint and torch.is_grad_enabled():
-            estimate = checkpoint(_step, draft, u, rotary, list(bands), alignment, rows, use_reentrant=False)
+            estimate = checkpoint(_step, draft, u, residual, rotary, list(bands), alignment, rows, use_reentrant=False)
         else:
-            estimate = _step(draft, u, rotary, bands, alignment, rows)
+            estimate = _step(draft, u, residual, rotary, bands, alignment, rows)
         yield estimate
         if step + 1 < alignment.depth:
             own = torch.cat([features[:, :1].to(estimate.dtype), estimate[:, :-1]], dim=1)
-            u = draft.fuse(embeddings, own if alignment.gradient == "bptt" else own.detach())
+            u, residual = draft.inputs(embeddings, own if alignment.gradient == "bptt" else own.detach())

@@ -1,9 +1,10 @@
-"""The attention of an alignment step, in the forms that `model.draft.attention` chooses from (hass.md §2.2).
+"""Attention of an alignment step, in the implementations selected by `model.draft.attention` (docs/method.md, HCA).
 
-In step j a row t sees the true features up to t-(j-1) and one key of each predicted band, under one softmax. `eager` is
-the definition with its T x T scores. `flash` and `flex` run a library kernel on the causal part and merge the j-1
-single keys by log-sum-exp: their memory grows with T. Shapes: B batch, T rows, H heads, G key/value heads, d head size,
-J bands (types.py has the legend).
+Band 0 holds the keys and values of the target features, band i those of the features predicted by step i. In step j,
+position t attends to the target features up to t-(j-1) and to one key of each predicted band, under one softmax.
+`eager` computes all T x T scores and is the reference implementation. `flash` and `flex` run a library kernel on the
+causal part and merge the j-1 single keys by log-sum-exp, so their memory is linear in T.
+Shapes: B batch, T positions, H heads, G key/value heads, d head size, J bands (see the legend in types.py).
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ Band = tuple[Tensor, Tensor]  # keys and values, each [B, G, T, d]
 
 
 def check_form(form: str) -> Form:
-    """`form` if it is one.
+    """Return `form` if it names an implementation.
 
     Raises:
-        ValueError: it is none.
+        ValueError: if it does not.
     """
     if form not in get_args(Form):
         raise ValueError(f"model.draft.attention={form} is none of {', '.join(get_args(Form))}.")
@@ -32,7 +33,7 @@ def check_form(form: str) -> Form:
 
 
 def visible(num_rows: int, num_bands: int, band: int, device: torch.device | str = "cpu") -> Tensor:
-    """Which columns of `band` a row sees in the step with `num_bands` bands: bool [T, T] (row, column)."""
+    """Attention mask of `band` in the step with `num_bands` bands: bool [T, T] (query, key)."""
     row = torch.arange(num_rows, device=device)[:, None]
     column = torch.arange(num_rows, device=device)[None, :]
     if band == 0:
@@ -41,32 +42,34 @@ def visible(num_rows: int, num_bands: int, band: int, device: torch.device | str
 
 
 def banded_attention(queries: Tensor, bands: Sequence[Band], form: Form = "eager", leaky: bool = False) -> Tensor:
-    """Attention of step `len(bands)`: causal on the true features, one diagonal a predicted band, one softmax.
+    """Attention of step `len(bands)`: causal over the target features, one diagonal per predicted band, one softmax.
 
     Args:
-        queries: [B, H, T, d] of the newest band. bands: keys and values, oldest (true) first.
-        form: `auto` is flash on a CPU, eager elsewhere. leaky: the official code's softmax (hass.md §7.1).
+        queries: [B, H, T, d], queries of the last band.
+        bands: keys and values of each band, the target features first.
+        form: implementation; `auto` is flash on a CPU and eager elsewhere.
+        leaky: use the softmax of the official code (docs/method.md, HCA).
 
     Returns:
-        [B, H, T, d].
+        Attention output [B, H, T, d].
 
     Raises:
-        ValueError: `flash` on another device than a CPU.
+        ValueError: if `form` is `flash` and the device is not a CPU.
     """
     device = queries.device.type
     if form == "flash" and device != "cpu":
-        raise ValueError(f"model.draft.attention=flash is for CPUs, and this is {device}: use flex or auto.")
+        raise ValueError(f"model.draft.attention=flash supports only CPUs, not {device}: use flex or auto.")
     if leaky:
         return _leaky(queries, bands)
-    if queries.shape[2] < len(bands):  # no row sees a true feature
+    if queries.shape[2] < len(bands):  # no position attends to a target feature
         return _eager(queries, bands)
     if form == "flash" or (form == "auto" and device == "cpu"):
-        return _Flash.apply(queries, *(tensor for band in bands for tensor in band))
+        return _Flash.apply(queries, *(tensor for band in bands for tensor in band))  # type: ignore[no-untyped-call]
     return _flex(queries, bands) if form == "flex" else _eager(queries, bands)
 
 
 def _grouped(x: Tensor, num_groups: int) -> Tensor:
-    """[B, H, ...] to [B, G, H/G, ...]: query heads beside the key/value head they share."""
+    """Group the query heads by their key/value head: [B, H, ...] to [B, G, H/G, ...]."""
     return x.unflatten(1, (num_groups, -1))
 
 
@@ -74,58 +77,78 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _eager(queries: Tensor, bands: Sequence[Band]) -> Tensor:
-    """The definition, and the oracle of the other forms."""
+def _eager_weights(queries: Tensor, bands: Sequence[Band]) -> Tensor:
+    """Softmax weights [B, G, H/G, T, T+J-1]: over the target features, then over the single keys of bands 1 … J-1."""
     num_rows, head_dim = queries.shape[-2:]
-    true_keys, true_values = (tensor.unsqueeze(2) for tensor in bands[0])
+    true_keys = bands[0][0].unsqueeze(2)
     q = _grouped(queries, true_keys.shape[1]) * head_dim**-0.5
     row = torch.arange(num_rows, device=q.device)
-    # finfo.min, not -inf: a row without any true feature (t < j-1) must not turn into NaN in the backward
+    # finfo.min instead of -inf: positions without a target feature (t < j-1) would give NaN in the backward pass
     lowest = torch.finfo(q.dtype).min
     unseen = ~visible(num_rows, len(bands), 0, q.device)
     scores = [(q @ true_keys.transpose(-1, -2)).masked_fill(unseen, lowest)]  # [B, G, H/G, T, T]
-    values = []
     for band in range(1, len(bands)):
         shift = len(bands) - 1 - band
         diagonal = (q * _shift(bands[band][0], shift).unsqueeze(2)).sum(-1).masked_fill(row < shift, lowest)
         scores.append(diagonal.unsqueeze(-1))
-        values.append(_shift(bands[band][1], shift).unsqueeze(2))
-    weights = torch.cat(scores, dim=-1).softmax(-1, dtype=_wide(q.dtype)).to(q.dtype)
-    output = weights[..., :num_rows] @ true_values
-    for number, value in enumerate(values):
-        output = output + weights[..., num_rows + number, None] * value
+    return torch.cat(scores, dim=-1).softmax(-1, dtype=_wide(q.dtype)).to(q.dtype)
+
+
+def _eager(queries: Tensor, bands: Sequence[Band]) -> Tensor:
+    """Reference implementation."""
+    num_rows = queries.shape[-2]
+    weights = _eager_weights(queries, bands)
+    output = weights[..., :num_rows] @ bands[0][1].unsqueeze(2)
+    for band in range(1, len(bands)):
+        value = _shift(bands[band][1], len(bands) - 1 - band).unsqueeze(2)
+        output = output + weights[..., num_rows + band - 1, None] * value
     return output.reshape(queries.shape)
 
 
+def predicted_share(queries: Tensor, bands: Sequence[Band]) -> Tensor:
+    """Share of the attention on predicted features in step `len(bands)`: [B, H, T], 0 in the first step.
+
+    Args:
+        queries: [B, H, T, d], queries of the last band.
+        bands: keys and values of each band, the target features first.
+    """
+    return _eager_weights(queries, bands)[..., queries.shape[-2] :].sum(-1).flatten(1, 2)
+
+
 def _shift(x: Tensor, count: int) -> Tensor:
-    """Rows moved `count` down along the token axis (-2), zeros above."""
+    """Shift `x` by `count` along the token axis (-2), filling with zeros."""
     if count == 0:
         return x
     return torch.cat([torch.zeros_like(x[..., :count, :]), x[..., :-count, :]], dim=-2)
 
 
 def _leaky(queries: Tensor, bands: Sequence[Band]) -> Tensor:
-    """The official softmax: the bands' masked scores are summed, masked columns count as exp(0), weights are masked."""
+    """The official softmax: the bands' masked scores are summed, masked columns count as exp(0), weights are masked.
+
+    The official code gives a sequence of L tokens L rows, the last of them padding (its loss mask is 0); here it has
+    the L-1 rows that have a target. So each softmax gets the column of that row as well: masked, with the score 0.
+    """
     num_rows, head_dim = queries.shape[-2:]
     q = _grouped(queries, bands[0][0].shape[1]) * head_dim**-0.5
     masks = [visible(num_rows, len(bands), band, q.device) for band in range(len(bands))]
     pairs = list(zip(bands, masks, strict=True))
     scores = sum((q @ keys.unsqueeze(2).transpose(-1, -2)) * mask for (keys, _), mask in pairs)
-    weights = scores.softmax(-1)  # type: ignore[union-attr]
-    output = sum((weights * mask) @ values.unsqueeze(2) for (_, values), mask in pairs)
-    return output.reshape(queries.shape)  # type: ignore[union-attr]
+    weights = F.pad(scores, (0, 1)).softmax(-1)[..., :-1]
+    output: Tensor = sum((weights * mask) @ values.unsqueeze(2) for (_, values), mask in pairs)  # type: ignore[assignment]
+    return output.reshape(queries.shape)
 
 
 def _merged(
     causal: Tensor, causal_lse: Tensor, queries: Tensor, bands: Sequence[Band]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One softmax over the causal part and the predicted bands' single keys.
+    """Merge the causal attention and the single keys of the predicted bands into one softmax.
 
     Args:
-        causal: [B, H, T-(J-1), d], attention of the last rows to the true features. causal_lse: [B, H, T-(J-1)].
+        causal: [B, H, T-(J-1), d], attention output of the last positions over the target features.
+        causal_lse: [B, H, T-(J-1)], its log-sum-exp.
 
     Returns:
-        (output [B, H, T, d], its log-sum-exp [B, H, T], the weights of the single keys [J-1, B, H, T]).
+        The output [B, H, T, d], its log-sum-exp [B, H, T] and the weights of the single keys [J-1, B, H, T].
     """
     num_rows, head_dim = queries.shape[-2:]
     wide, last, groups = _wide(queries.dtype), len(bands) - 1, bands[0][0].shape[1]
@@ -149,10 +172,10 @@ def _merged(
 
 
 class _Flash(torch.autograd.Function):
-    """The library's CPU flash kernel on the causal part.
+    """PyTorch's CPU flash attention kernel on the causal part, merged with the single keys.
 
-    Its log-sum-exp has no gradient. The backward needs none: given the *merged* output and log-sum-exp, the flash
-    backward computes the gradient of its own keys under the whole softmax (as in ring attention, arXiv 2310.01889).
+    The kernel's log-sum-exp has no gradient, and none is needed: given the *merged* output and log-sum-exp, the flash
+    backward computes the gradient of its keys under the full softmax (as in ring attention, arXiv 2310.01889).
     """
 
     @staticmethod
@@ -200,21 +223,21 @@ class _Flash(torch.autograd.Function):
 
 
 @lru_cache(maxsize=1)
-def _flex_kernel(compiled: bool):
+def _flex_kernel(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
 @lru_cache(maxsize=32)
-def _causal_blocks(num_rows: int, device: torch.device):
+def _causal_blocks(num_rows: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     return create_block_mask(lambda b, h, q, k: q >= k, None, None, num_rows, num_rows, device=str(device))
 
 
 def _flex(queries: Tensor, bands: Sequence[Band]) -> Tensor:
-    """FlexAttention, whose log-sum-exp has a gradient. A CPU has its forward alone."""
+    """FlexAttention, whose log-sum-exp has a gradient. On a CPU it has only the forward pass."""
     from torch.nn.attention.flex_attention import AuxRequest
 
     last = len(bands) - 1

@@ -1,4 +1,8 @@
-"""A saved head: `model.safetensors` (published key names), `config.json`, `draft_vocab.safetensors` if pruned."""
+"""Save and load draft heads.
+
+A head folder holds `model.safetensors` (with the published key names), `config.json` and, for a pruned vocabulary,
+`draft_vocab.safetensors`.
+"""
 
 from __future__ import annotations
 
@@ -14,48 +18,58 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig
 
-from hass_lightning.draft.eagle import EagleDraft
-from hass_lightning.files import write_whole, written_aside
-from hass_lightning.target import TargetModel
-from hass_lightning.target.linear import use_few_row_linears
-
-OURS = "hass_lightning"  # the key of config.json that holds what engines do not read
+from hass_lightning.draft.eagle3 import Eagle3Draft
+from hass_lightning.draft.head import DraftHead, draft_config
+from hass_lightning.draft.head_config import OURS, class_note, class_of, llama_config, read_head_config, rope_fields
+from hass_lightning.draft.rope import as_rotated
+from hass_lightning.runs.files import write_whole, written_aside
+from hass_lightning.target_model import TargetModel
+from hass_lightning.target_model.linear import freeze_linears
+from hass_lightning.target_model.source import local_path
 
 
 @dataclass
 class SavedDraft:
-    """A head read back: the module, its draft vocabulary (None: full) and what was noted when it was saved."""
+    """A loaded head: the module, its draft vocabulary (None: full) and the notes saved with it."""
 
-    draft: EagleDraft
+    draft: DraftHead
     token_ids: Tensor | None
     notes: dict[str, Any]
 
-    def for_decoding(self, dtype: torch.dtype, device: torch.device | str) -> EagleDraft:
-        """A copy of the head in the target's dtype, on its device."""
+    def for_decoding(self, dtype: torch.dtype, device: torch.device | str) -> DraftHead:
+        """Return a copy of the head for decoding, in the target's dtype and on its device."""
         copy = deepcopy(self.draft).to(device=device, dtype=dtype).eval().requires_grad_(False)
-        use_few_row_linears(copy)
+        freeze_linears(copy)
         copy.join_layer()
         return copy
 
-    def check_fit(self, label: str, target: TargetModel) -> None:
-        """Refuse a head that belongs to another target.
-
-        Raises:
-            ValueError: naming both sides.
-        """
+    def check_sizes(self, label: str, target: TargetModel) -> None:
+        """Check that the head has the sizes of `target`; arguments and errors as in `check_fit`."""
         config = self.draft.config
         if (config.hidden_size, config.vocab_size) != (target.hidden_size, target.head.vocab_size):
             raise ValueError(
                 f"the head {label} (hidden {config.hidden_size}, vocabulary {config.vocab_size}) does not fit the "
                 f"target {target.name} (hidden {target.hidden_size}, vocabulary {target.head.vocab_size}): set "
-                "target=… to the one it was trained for."
+                "target=… to the target it was trained for."
             )
+
+    def check_fit(self, label: str, target: TargetModel) -> None:
+        """Check that the head was trained for `target`.
+
+        Args:
+            label: name of the head in error messages.
+            target: the target.
+
+        Raises:
+            ValueError: if sizes or fingerprints differ; both are named.
+        """
+        self.check_sizes(label, target)
+        target.reading(self.draft.feature_layers)  # raises an error for layers that the target does not have
         known = self.notes.get("target_fingerprint")
-        if known and known != target.fingerprint:
+        if known and not target.is_known_as(known):
             raise ValueError(
-                f"the head {label} was trained for {self.notes.get('target')} ({known[:12]}), and this target is "
+                f"the head {label} was trained for {self.notes.get('target')} ({known[:12]}), but this target is "
                 f"{target.name} ({target.fingerprint[:12]}): set target=… to that one."
             )
 
@@ -67,10 +81,15 @@ def tensor_hash(tensor: Tensor) -> str:
 
 
 def check_tensors(where: str, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> None:
-    """Both sides of a state dict: what is missing, what nobody expects, what has another shape.
+    """Check a state dict for missing keys, unexpected keys and wrong shapes.
+
+    Args:
+        where: the file or folder, for error messages.
+        shapes: expected shapes by name.
+        found: the tensors by name.
 
     Raises:
-        ValueError: naming the keys.
+        ValueError: if any key differs; all of them are named.
     """
     missing, extra = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
     wrong = [f"{name} {tuple(found[name].shape)} instead of {tuple(shape)}" for name, shape in shapes.items()
@@ -81,21 +100,8 @@ def check_tensors(where: str, shapes: Mapping[str, tuple[int, ...]], found: Mapp
         )
 
 
-def rope_fields(config: Any) -> dict[str, Any]:
-    """The rotary settings in both spellings: `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`.
-
-    Engines differ in which they read; a spelling that is missing falls back to 10,000 without scaling.
-    """
-    rope = dict(config.rope_parameters)
-    scaling = None
-    if rope.get("rope_type", "default") != "default":
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        scaling["type"] = rope["rope_type"]
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling, "rope_parameters": rope}
-
-
-def save_draft(folder: str | Path, draft: EagleDraft, token_ids: Tensor | None, notes: dict[str, Any]) -> Path:
-    """Write a head. `notes` (target name, fingerprint, alignment, …) stand in config.json under `hass_lightning`."""
+def save_draft(folder: str | Path, draft: DraftHead, token_ids: Tensor | None, notes: dict[str, Any]) -> Path:
+    """Write a head, with `notes` (target name, fingerprint, alignment, …) under `hass_lightning` in config.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in draft.state_dict().items()}
@@ -103,46 +109,92 @@ def save_draft(folder: str | Path, draft: EagleDraft, token_ids: Tensor | None, 
         save_file(tensors, aside)
     if token_ids is not None:
         save_token_ids(folder, token_ids)
-    config = draft.config.to_dict() | {"architectures": ["LlamaForCausalLMEagle"]} | rope_fields(draft.config)
-    config[OURS] = notes | {"fc_bias": draft.fc.bias is not None}
+    config = draft.config.to_dict() | {"architectures": [draft.architecture]} | rope_fields(draft.config)
+    config[OURS] = notes | draft.saved_notes() | class_note(draft)
     write_whole(folder / "config.json", json.dumps(config, indent=2, default=str) + "\n")
     return folder
 
 
+def empty_head(where: str, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], target_config: Any) -> DraftHead:
+    """Create the head that a folder should contain for a target, on the meta device.
+
+    Args:
+        where: the folder, for error messages.
+        raw: its config.json.
+        tensors: its tensors, which determine the biases.
+        target_config: the target's config, which determines the sizes.
+
+    Raises:
+        ValueError: if the kind of head is unknown.
+    """
+    notes, like = raw.get(OURS, {}), draft_config(target_config).to_dict()
+    engine = raw.get("architectures") == [Eagle3Draft.architecture]
+    kind = Eagle3Draft if engine and not notes else class_of(where, notes)
+    no_size = {*like, OURS, "rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype", "bias", "qkv_bias"}
+    config = draft_config(
+        target_config,
+        any(name.endswith("q_proj.bias") for name in tensors),
+        **{key: value for key, value in raw.items() if key not in no_size},
+    )
+    with torch.device("meta"):
+        return kind.from_saved(config, {"fc_bias": False}, tensors)
+
+
 def save_token_ids(folder: Path, token_ids: Tensor) -> None:
-    """Write a draft vocabulary beside its head."""
+    """Write a draft vocabulary to the folder of its head."""
     with written_aside(folder / "draft_vocab.safetensors") as aside:
         save_file({"token_ids": token_ids.cpu().contiguous()}, aside)
 
 
-def save_start(path: Path, draft: EagleDraft, features: str | None) -> None:
-    """What a head was before training (hashes by tensor), and the features it learns from: `hass-export` compares."""
+def save_start(path: Path, draft: DraftHead, features: str | None) -> None:
+    """Write the hashes of a head's tensors before training and the name of its features, for `hass-export` to check."""
     hashes = {name: tensor_hash(value) for name, value in draft.state_dict().items()}
     write_whole(path, json.dumps({"features": features, "tensors": hashes}, indent=2) + "\n")
 
 
-def load_draft(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> SavedDraft:
-    """Read a head from its folder, or from a run folder that holds one in `draft/`.
+def holds_head(folder: Path) -> bool:
+    """Whether `folder` contains a saved head."""
+    return (folder / "config.json").exists() and (folder / "model.safetensors").exists()
+
+
+def packaged_head(target: str) -> str | None:
+    """Return the path of the packaged HASS head for a target (an argument of `load_draft`), or None."""
+    path = f"package://heads/{target}_hass"
+    return path if local_path(path).is_dir() else None
+
+
+def head_folder(path: str | Path) -> Path:
+    """Return the folder with the files of a head: `path` or `path/draft`. `package://heads/<name>` is a packaged head.
 
     Raises:
-        ValueError: no head there, a damaged file, or keys that do not fit (both sides are named).
+        ValueError: if neither contains a head.
     """
-    folder = Path(path)
-    if not (folder / "config.json").exists() and (folder / "draft" / "config.json").exists():
-        folder = folder / "draft"
-    if not (folder / "model.safetensors").exists() or not (folder / "config.json").exists():
-        raise ValueError(f"{path} holds no draft head (config.json and model.safetensors, there or in draft/).")
-    raw = json.loads((folder / "config.json").read_text())
+    folder = local_path(str(path))
+    for candidate in (folder, folder / "draft"):
+        if holds_head(candidate):
+            return candidate
+    raise ValueError(f"{path} contains no draft head (config.json and model.safetensors, there or in draft/).")
+
+
+def load_draft(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> SavedDraft:
+    """Load a head from its folder, from `draft/` of a run folder, or from the package.
+
+    Args:
+        path: the folder; `package://heads/<name>` is a head that ships with hass_lightning.
+
+    Raises:
+        ValueError: if there is no head, the file is damaged, or its keys or shapes do not match the config.
+    """
+    folder = head_folder(path)
+    raw = read_head_config(folder)
     notes = raw.pop(OURS, {})
-    if raw.get("rope_parameters"):  # LlamaConfig would mix both spellings
-        raw = {key: value for key, value in raw.items() if key not in ("rope_theta", "rope_scaling")}
     try:
         tensors = load_file(folder / "model.safetensors")
     except SafetensorError as error:
         raise ValueError(
             f"{folder / 'model.safetensors'} is damaged ({error}): export or train the head again."
         ) from error
-    draft = EagleDraft(LlamaConfig.from_dict(raw), fc_bias=notes.get("fc_bias", "fc.bias" in tensors))
+    draft = class_of(str(folder), notes).from_saved(llama_config(str(folder), as_rotated(raw)), notes, tensors)
     check_tensors(str(folder), {name: tuple(value.shape) for name, value in draft.state_dict().items()}, tensors)
     draft.load_state_dict(tensors)
     vocab = folder / "draft_vocab.safetensors"

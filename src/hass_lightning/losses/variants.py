@@ -1,7 +1,8 @@
-"""Loss terms beside the paper's three: those its appendix compares with top-K, and divergences beyond it.
+"""Additional loss terms: the alternatives to top-K in the paper's appendix, and other divergences.
 
-The paper's text was not at hand (hass.md §1.3 lists the names alone): where a name leaves a choice, the docstring says
-which reading this is. Shapes: R rows, Vd draft vocabulary, K kept tokens (types.py has the legend); p target, q draft.
+The terms of the appendix follow their names (docs/method.md, HAD), not its text, which was not available; docstrings
+state the interpretation where a name is ambiguous. In all formulas p is the target's distribution and q the draft's.
+Shapes: R loss positions, Vd draft vocabulary, K kept tokens (see the legend in types.py).
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from hass_lightning.losses.terms import LossTerm, Rows, TopK
 
 
 class TopP(LossTerm):
-    """L = -Σ_{v ∈ N} p_v log q_v, N the nucleus: the most probable tokens that together just reach mass `top_p`.
+    """Top-P loss of the paper's appendix: cross-entropy over the nucleus of the target's distribution.
 
-    Top-P of the paper's appendix: as many tokens as the row needs, instead of K. Nothing is renormalised, as in HAD;
-    nucleus as in Holtzman et al., arXiv 1904.09751.
+    L = -Σ_{v ∈ N} p_v log q_v, where N is the smallest set of most probable tokens whose mass reaches `top_p` (Holtzman
+    et al., arXiv 1904.09751). As in HAD, nothing is renormalized; unlike K, the size of N differs between positions.
     """
 
     top_p: float
@@ -29,19 +30,25 @@ class TopP(LossTerm):
         self.number("top_p", top_p, least=0)
 
     def forward(self, rows: Rows) -> Tensor:
-        """[R]."""
+        """Loss of each position [R]."""
         probs, indices = rows.target.top_k(rows.target.probs.shape[-1])
-        before = probs.cumsum(-1) - probs  # the mass of the more probable tokens
+        before = probs.cumsum(-1) - probs  # mass of the more probable tokens
         width = max(1, int((before < self.top_p).sum(-1).max()))
         kept = torch.where(before < self.top_p, probs, 0)[:, :width]
         return -torch.linalg.vecdot(kept, rows.log_probs_at(indices[:, :width]))
 
 
 class NormedTopK(TopK):
-    """L = -Σ_{v ∈ top-K of p} p̂_v log q_v with p̂ summing to 1: every row weighs the same, however flat p is.
+    """Normed top-K loss of the paper's appendix: every position has the same total weight, however flat p is.
 
-    Normed Top-K of the paper's appendix. `linear`: p̂ = p / Σ_{top-K} p. `softmax`: p̂ = softmax of the K probabilities
-    (of the logits it would be `linear` again), which is nearly uniform. q is normalised over the whole vocabulary.
+    L = -Σ_{v ∈ top-K of p} p̂_v log q_v with Σ p̂ = 1. q is normalized over the whole draft vocabulary.
+
+    Args:
+        norm: `linear` uses p̂ = p / Σ_{top-K} p. `softmax` uses the softmax of the K probabilities, which is nearly
+            uniform (the softmax of their logits would equal `linear`).
+
+    Raises:
+        ValueError: if `norm` is neither.
     """
 
     def __init__(self, weight: Any = 1.0, k: Any = 10, norm: Literal["linear", "softmax"] = "linear"):
@@ -51,20 +58,20 @@ class NormedTopK(TopK):
         self.norm = norm
 
     def forward(self, rows: Rows) -> Tensor:
-        """[R]."""
+        """Loss of each position [R]."""
         probs, indices = rows.target.top_k(self.k)
         normed = probs.softmax(-1) if self.norm == "softmax" else probs / probs.sum(-1, keepdim=True)
         return -torch.linalg.vecdot(normed, rows.log_probs_at(indices))
 
 
 class BidirectionalTopK(TopK):
-    """L = -Σ_{v ∈ A ∪ B} p_v log q_v, A the top-K of p, B the top-K of q: also what the draft would wrongly propose.
+    """Bi-directional top-K loss of the paper's appendix; includes tokens that the draft would wrongly propose.
 
-    Bi-directional Top-K of the paper's appendix, each token of the union counted once.
+    L = -Σ_{v ∈ A ∪ B} p_v log q_v, where A is the top-K of p and B the top-K of q. Each token of the union counts once.
     """
 
     def forward(self, rows: Rows) -> Tensor:
-        """[R]."""
+        """Loss of each position [R]."""
         probs, indices = rows.target.top_k(self.k)
         own = rows.draft_logits.detach().topk(indices.shape[-1]).indices
         new = (own.unsqueeze(-1) != indices.unsqueeze(-2)).all(-1)  # [R, K], not in A
@@ -74,11 +81,18 @@ class BidirectionalTopK(TopK):
 
 
 class RecallAtK(TopK):
-    """L = 1 - (1/K) Σ_{v ∈ top-K of p} σ((K - r_v) / a), with the smooth rank r_v = 1 + Σ_{u ≠ v} σ((z_u - z_v) / b).
+    """Differentiable recall@K surrogate (Patel et al., arXiv 2108.11179).
 
-    Recall@k surrogate (Patel et al., arXiv 2108.11179) with the target's top-K as the positives and the draft's
-    logits z as the scores: the share of them among the draft's K first. a = k_temperature; b = rank_temperature, 0.01
-    in the source, for cosine similarities: logits spread wider. Needs [R, K, Vd] numbers: lower chunk_rows.
+    L = 1 - (1/K) Σ_{v ∈ top-K of p} σ((K - r_v) / a), with the smooth rank r_v = 1 + Σ_{u ≠ v} σ((z_u - z_v) / b).
+    The target's top-K tokens are the positives and the draft's logits z the scores. Allocates [R, K, Vd] numbers, so
+    lower `chunk_rows` if memory is short.
+
+    Args:
+        k_temperature: a.
+        rank_temperature: b. The source uses 0.01 for cosine similarities; logits are spread wider.
+
+    Raises:
+        ValueError: if a temperature is not above 0.
     """
 
     def __init__(self, weight: Any = 1.0, k: Any = 10, k_temperature: float = 1.0, rank_temperature: float = 0.1):
@@ -91,7 +105,7 @@ class RecallAtK(TopK):
         self.k_temperature, self.rank_temperature = k_temperature, rank_temperature
 
     def forward(self, rows: Rows) -> Tensor:
-        """[R]."""
+        """Loss of each position [R]."""
         z = rows.draft_logits
         _, indices = rows.target.top_k(self.k)
         above = (z.unsqueeze(-2) - z.gather(-1, indices).unsqueeze(-1)) / self.rank_temperature  # [R, K, Vd]
@@ -100,21 +114,25 @@ class RecallAtK(TopK):
 
 
 class LogitDifferences(TopK):
-    """L = D(target's top-K) + D(draft's top-K), D(S) = KL(softmax_{i<j} (y_i - y_j)/T ‖ softmax_{i<j} (z_i - z_j)/T).
+    """Bi-directional logits difference, BiLD (Li et al., arXiv 2406.13555), with the defaults of the source.
 
-    BiLD, bi-directional logits difference (Li et al., arXiv 2406.13555): y the target's logits, z the draft's, pairs
-    ordered by whoever chose S. The order within the top-K counts, the tail not at all. Defaults are the source's.
+    L = D(target's top-K) + D(draft's top-K), D(S) = KL(softmax_{i<j} (y_i - y_j)/T ‖ softmax_{i<j} (z_i - z_j)/T),
+    where y are the target's logits and z the draft's. Pairs are ordered by the model whose top-K S is. The loss depends
+    on the order within the top-K and not on the tail.
+
+    Raises:
+        ValueError: if `k` is below 2 or `temperature` is not above 0.
     """
 
     def __init__(self, weight: Any = 1.0, k: Any = 8, temperature: float = 3.0):
         super().__init__(weight, k)
-        self.number("k", k, least=2, whole=True)  # a pair needs two
+        self.number("k", k, least=2, whole=True)  # a pair needs two tokens
         if temperature <= 0:
             raise ValueError(f"model.loss.terms.<LogitDifferences>.temperature={temperature} must be above 0.")
         self.temperature = temperature
 
     def forward(self, rows: Rows) -> Tensor:
-        """[R]."""
+        """Loss of each position [R]."""
         _, indices = rows.target.top_k(self.k)
         own = rows.draft_logits.detach().topk(indices.shape[-1]).indices
         return self._divergence(rows, indices) + self._divergence(rows, own)
@@ -129,19 +147,22 @@ class LogitDifferences(TopK):
 
 
 class ReverseKL(LossTerm):
-    """L = Σ_v q_v (log q_v - log p_v): seeks a mode of p instead of covering it (MiniLLM, arXiv 2306.08543)."""
+    """Reverse KL divergence, which is mode-seeking (MiniLLM, arXiv 2306.08543): L = Σ_v q_v (log q_v - log p_v)."""
 
     def forward(self, rows: Rows) -> Tensor:
-        """[R]."""
+        """Loss of each position [R]."""
         log_q = rows.log_probs
         return torch.linalg.vecdot(log_q.exp(), log_q - rows.target.log_probs)
 
 
 class JensenShannon(LossTerm):
-    """L = ½ KL(p ‖ m) + ½ KL(q ‖ m), m = ½ (p + q): symmetric, at most log 2 (Lin 1991; GKD, arXiv 2306.13649)."""
+    """Jensen-Shannon divergence, symmetric and at most log 2 (Lin 1991; GKD, arXiv 2306.13649).
+
+    L = ½ KL(p ‖ m) + ½ KL(q ‖ m), m = ½ (p + q).
+    """
 
     def forward(self, rows: Rows) -> Tensor:
-        """[R]."""
+        """Loss of each position [R]."""
         log_p, log_q = rows.target.log_probs, rows.log_probs
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         forward = torch.linalg.vecdot(rows.target.probs, log_p - log_m)
@@ -149,24 +170,26 @@ class JensenShannon(LossTerm):
 
 
 class TotalVariation(LossTerm):
-    """L = ½ Σ_v |p_v - q_v| = 1 - Σ_v min(p_v, q_v): one minus the probability that a sampled draft is accepted.
+    """Total variation distance, one minus the acceptance probability of a sampled draft token.
 
-    DistillSpec (arXiv 2310.08461) trains with it; the identity is that of Leviathan et al., arXiv 2211.17192.
+    L = ½ Σ_v |p_v - q_v| = 1 - Σ_v min(p_v, q_v) (Leviathan et al., arXiv 2211.17192). Used for training by DistillSpec
+    (arXiv 2310.08461).
     """
 
     def forward(self, rows: Rows) -> Tensor:
-        """[R]."""
+        """Loss of each position [R]."""
         return 0.5 * (rows.target.probs - rows.log_probs.exp()).abs().sum(-1)
 
 
 class ExpectedAcceptance(LossTerm):
-    """L = -log Σ_v min(p_v, q_v): maximises the expected acceptance of a sampled draft.
+    """Negative log acceptance probability of a sampled draft token (LK losses, arXiv 2602.23881).
 
-    The negative log-acceptance of LK losses (arXiv 2602.23881): total variation's direction, a row's gradient divided
-    by its acceptance, so that it does not vanish where p and q hardly overlap. Its hybrid with KL is two terms of ours.
+    L = -log Σ_v min(p_v, q_v). Its gradient is that of the total variation distance divided by the acceptance
+    probability of the position, so it does not vanish where p and q hardly overlap. For the source's hybrid with KL,
+    combine two terms.
     """
 
     def forward(self, rows: Rows) -> Tensor:
-        """[R]."""
-        # in logs: q underflows in fp32 where a head is still bad, and a row without any overlap has no gradient
+        """Loss of each position [R]."""
+        # in log space: q of an untrained head underflows in fp32, and positions without overlap have no gradient then
         return -torch.minimum(rows.target.log_probs, rows.log_probs).logsumexp(-1)

@@ -1,11 +1,12 @@
-"""Contrasts of the cells of a study: main effects, interactions, cell against baseline, each a factor on τ.
+"""Contrasts of the cells of a study: main effects, interactions, cell against baseline, each as a factor on τ.
 
-A contrast is Σ_c w_c log τ_c over cells c with Σ w = 0: its exp is a ratio of (geometric means of) τ. Two errors:
+A contrast is Σ_c w_c log τ_c over cells c with Σ w = 0; its exp is a ratio of (geometric means of) τ. There are two
+kinds of error:
 
-- over seeds: log τ = cell + seed + noise (randomised blocks), least squares, Student's t on the pooled residuals. With
-  two cells it is the paired t-test over seeds. It speaks about training methods, on these questions.
-- over questions: one run a cell, the same questions in all; the linearised error of the ratios of sums, Student's t
-  over questions. It speaks about these heads alone.
+- over seeds: log τ = cell + seed + noise (randomized blocks), least squares, Student's t on the pooled residuals. With
+  two cells this is the paired t-test over seeds. It generalizes over training runs, on these questions.
+- over questions: one run per cell, the same questions in all; linearized error of the ratios of sums, Student's t over
+  questions. It holds for these heads only.
 
 Shapes: C cells, m contrasts, N runs, S independent data sets, n questions.
 """
@@ -24,12 +25,13 @@ from scipy import stats
 
 from hass_lightning.measure.statistics import Interval, log_ratio_errors, minimum_detectable_effect
 
-Levels = Mapping[str, Any]  # factor to level, of one cell
+NOTHING_SHOWN = "no difference is shown"
+Levels = Mapping[str, Any]  # factor to level, for one cell
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """`kind` is `main`, `interaction` or `cell`; `weights` [C] sum to 0."""
+    """A contrast. `kind` is `main`, `interaction` or `cell`; `weights` [C] sum to 0."""
 
     kind: str
     name: str
@@ -37,10 +39,11 @@ class Contrast:
 
 
 def main_effects(cells: Sequence[Levels], factors: Mapping[str, Sequence[Any]]) -> list[Contrast]:
-    """Each level of each factor against that factor's first level, averaged over the other factors' levels.
+    """Return the contrasts of each factor's levels with its first level, averaged over the levels of the other factors.
 
     Args:
-        cells: a full crossing of `factors`, one cell a combination. factors: name to levels, the reference first.
+        cells: a full crossing of `factors`, one cell per combination.
+        factors: levels by factor name, the reference level first.
     """
     return [
         Contrast("main", f"{factor}: {level} against {first}", _weights(cells, [(factor, level, first)]))
@@ -50,7 +53,7 @@ def main_effects(cells: Sequence[Levels], factors: Mapping[str, Sequence[Any]]) 
 
 
 def interactions(cells: Sequence[Levels], factors: Mapping[str, Sequence[Any]]) -> list[Contrast]:
-    """For two factors: what a level of one changes in the effect of a level of the other."""
+    """Return, for each pair of factors, how a level of one changes the effect of a level of the other."""
     found = []
     for a, b in combinations(factors, 2):
         for level_a in factors[a][1:]:
@@ -69,41 +72,44 @@ def _weights(cells: Sequence[Levels], moves: Sequence[tuple[str, Any, Any]]) -> 
 
 
 def against(baseline: int, names: Sequence[str]) -> list[Contrast]:
-    """Each cell but `baseline` against it."""
-    found = []
-    for cell, name in enumerate(names):
-        if cell != baseline:
-            weights = [0.0] * len(names)
-            weights[cell], weights[baseline] = 1.0, -1.0
-            found.append(Contrast("cell", f"{name} against {names[baseline]}", tuple(weights)))
-    return found
+    """Return the contrasts of each other cell with `baseline`."""
+    weights = np.eye(len(names)) - np.eye(len(names))[baseline]
+    return [
+        Contrast("cell", f"{name} against {names[baseline]}", tuple(weights[cell].tolist()))
+        for cell, name in enumerate(names)
+        if cell != baseline
+    ]
 
 
 @dataclass(frozen=True)
 class Estimates:
-    """θ and its standard error, [m, S] each, with the degrees of freedom of the error."""
+    """Estimates θ and their standard errors, [m, S] each, with the degrees of freedom of the error."""
 
-    theta: NDArray
-    error: NDArray
+    theta: NDArray[Any]
+    error: NDArray[Any]
     freedom: int
 
     @property
-    def p_values(self) -> NDArray:
-        """Two-sided, [m, S]."""
+    def p_values(self) -> NDArray[Any]:
+        """Return two-sided p-values, [m, S]."""
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.abs(self.theta) / self.error
-        # no spread at all: two identical runs differ in nothing, two different ones surely
+        # without any spread, two identical runs do not differ, and two different ones certainly do
         ratio = np.where(self.error > 1e-12, ratio, np.where(np.abs(self.theta) > 1e-12, np.inf, 0.0))
         return 2 * stats.t.sf(ratio, self.freedom)
 
 
 def estimate_over_seeds(
-    values: NDArray, cells: Sequence[int], seeds: Sequence[int], contrasts: Sequence[Contrast]
+    values: NDArray[Any], cells: Sequence[int], seeds: Sequence[int], contrasts: Sequence[Contrast]
 ) -> Estimates | None:
-    """Least squares of log τ = cell + seed; None where the runs leave no degree of freedom or do not tell cells apart.
+    """Fit log τ = cell + seed by least squares.
+
+    Returns None without a degree of freedom, or if the runs do not separate the cells.
 
     Args:
-        values: log τ [N] or [N, S]. cells, seeds: of each run [N].
+        values: log τ [N] or [N, S].
+        cells, seeds: cell and seed of each run [N].
+        contrasts: the contrasts to estimate.
     """
     y = np.asarray(values, float).reshape(len(values), -1)  # [N, S]
     num_cells = len(contrasts[0].weights)
@@ -123,60 +129,58 @@ def estimate_over_seeds(
     return Estimates(wanted @ (inverse @ y), np.sqrt(scale[:, None] * variance), freedom)
 
 
-def estimate_over_questions(columns: NDArray, contrasts: Sequence[Contrast]) -> Estimates | None:
-    """Ratios of sums over the same questions in every cell; None with fewer than two questions.
+def estimate_over_questions(columns: NDArray[Any], contrasts: Sequence[Contrast]) -> Estimates | None:
+    """Estimate contrasts from ratios of sums over the same questions in every cell; None with fewer than two questions.
 
     Args:
         columns: [2, C, S, n], numerators and denominators of τ by cell and question.
+        contrasts: the contrasts to estimate.
     """
     if columns.shape[-1] < 2:
         return None
-    theta, error = [], []
+    found = []
     for contrast in contrasts:
-        used = [cell for cell, weight in enumerate(contrast.weights) if weight]
-        signs = [contrast.weights[cell] for cell in used]
-        found = log_ratio_errors(np.concatenate(columns[:, used]), [*signs, *(-sign for sign in signs)])
-        theta.append(found[0])
-        error.append(found[1])
+        weights = np.array(contrast.weights)
+        used = weights != 0
+        found.append(log_ratio_errors(np.concatenate(columns[:, used]), [*weights[used], *-weights[used]]))
+    theta, error = zip(*found, strict=True)
     return Estimates(np.stack(theta), np.stack(error), columns.shape[-1] - 1)
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A contrast with what was found: `ratio` is the factor on the metric."""
+    """A contrast with its estimate; `ratio` is the factor on the metric."""
 
     contrast: Contrast
     ratio: Interval
     p_value: float
-    p_adjusted: float  # Holm over all tests of the family
+    p_adjusted: float  # adjusted by Holm's method over all tests of the family
     unit: str  # "seeds" or "questions"
-    count: int  # of them
-    detectable: float  # relative difference found with 80 % power at the 5 % level
+    count: int  # number of units
+    detectable: float  # relative difference detected with 80 % power at the 5 % level
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse` or `no difference is shown`: the first two only where interval and adjusted p say so."""
+        """`better`, `worse` or `no difference is shown`. The first two require both interval and adjusted p-value."""
         outside = self.ratio.low > 1 or self.ratio.high < 1
         if not (outside and self.p_adjusted < 0.05):
-            return "no difference is shown"
+            return NOTHING_SHOWN
         return "better" if self.ratio.value > 1 else "worse"
 
 
 def effects_of(contrasts: Sequence[Contrast], estimates: Estimates, unit: str, count: int) -> list[Effect]:
-    """What was found (in the first data set of `estimates`); p-values not yet adjusted."""
+    """Return the effects in the first data set of `estimates`, with p-values not yet adjusted."""
     quantile = float(stats.t.ppf(0.975, estimates.freedom))
+    first = np.stack([estimates.theta[:, 0], estimates.error[:, 0], estimates.p_values[:, 0]], axis=1).tolist()
     found = []
-    for contrast, theta, error, p in zip(
-        contrasts, estimates.theta[:, 0], estimates.error[:, 0], estimates.p_values[:, 0], strict=True
-    ):
+    for contrast, (theta, error, p) in zip(contrasts, first, strict=True):
         ends = (math.exp(theta + sign * quantile * error) for sign in (0, -1, 1))
-        detectable = minimum_detectable_effect(float(error))
-        found.append(Effect(contrast, Interval(*ends), float(p), float(p), unit, count, detectable))
+        found.append(Effect(contrast, Interval(*ends), p, p, unit, count, minimum_detectable_effect(error)))
     return found
 
 
 def interval_over_seeds(values: Sequence[float]) -> Interval:
-    """The geometric mean of positive values with its t-interval (on the log); nan ends for fewer than two."""
+    """Return the geometric mean of positive values with its t-interval on the log scale; nan ends for one value."""
     logs = np.log(np.asarray(values, float))
     mean = float(logs.mean())
     if len(logs) < 2:

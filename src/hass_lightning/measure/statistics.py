@@ -1,11 +1,11 @@
-"""Intervals and tests for acceptance length and speed. The unit is the question: both turns summed, never a token.
+"""Intervals and tests for acceptance length and speed. The unit is the question (both turns summed), never a token.
 
-Every quantity here is a ratio of sums over questions (τ = Σ tokens / Σ forwards; a speedup and a comparison of two
-heads are ratios of two such ratios), so one estimator serves all: θ = Σ_k ± log Σ_i c_ki, K columns c_k, n questions.
+Every quantity is a ratio of sums over questions (τ = Σ tokens / Σ forwards; a speedup and a comparison of two heads are
+ratios of two such ratios), so one estimator suffices: θ = Σ_k ± log Σ_i c_ki, with K columns c_k and n questions.
 
-Interval: symmetric bootstrap-t of θ, resampled over questions. It was chosen by simulation: over 10,000 repeats on
-skewed answer lengths it covers 94.5-95 % at 80 and at 20 questions, where the percentile interval gives 93 % and 90 %
-and BCa 93 % and 88 % (tests/measure/test_statistics_simulation.py prints the figures).
+Interval: symmetric bootstrap-t of θ, resampled over questions. It was selected by simulation: over 10,000 repeats on
+skewed answer lengths it covers 94.5-95 % at 80 and at 20 questions, whereas the percentile interval covers 93 % and 90
+%, and BCa 93 % and 88 % (tests/measure/test_statistics_simulation.py prints the figures).
 
 Shapes: K columns, S independent data sets, n questions, R resamples.
 """
@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,25 +29,30 @@ LEAST_QUESTIONS = 5
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95 % interval (nan: fewer than two questions say nothing of the spread)."""
+    """A value with its 95 % interval (nan with fewer than two questions)."""
 
     value: float
     low: float
     high: float
+
+    @property
+    def percent(self) -> Interval:
+        """Return a ratio as a relative difference in percent."""
+        return Interval(*(100 * (end - 1) for end in (self.value, self.low, self.high)))
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 @lru_cache(maxsize=4)
-def resampling_counts(num_questions: int, num_resamples: int, seed: int) -> NDArray:
-    """How often each question is drawn: [R, n], rows sum to n."""
+def resampling_counts(num_questions: int, num_resamples: int, seed: int) -> NDArray[Any]:
+    """Return how often each question is drawn: [R, n], rows sum to n."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(num_questions, np.full(num_questions, 1 / num_questions), size=num_resamples).astype(float)
 
 
-def log_ratio_errors(columns: NDArray, signs: Sequence[float]) -> tuple[NDArray, NDArray]:
-    """θ [S] and its standard error [S] (linearised, questions independent) of `columns` [K, S, n]."""
+def log_ratio_errors(columns: NDArray[Any], signs: Sequence[float]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return θ [S] and its standard error [S] (linearized, questions independent) of `columns` [K, S, n]."""
     n = columns.shape[-1]
     sums = columns.sum(-1)  # [K, S]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -57,11 +63,12 @@ def log_ratio_errors(columns: NDArray, signs: Sequence[float]) -> tuple[NDArray,
 
 
 def log_ratio_intervals(
-    columns: NDArray, signs: Sequence[int], num_resamples: int = NUM_RESAMPLES, seed: int = 0, level: float = LEVEL
-) -> tuple[NDArray, NDArray, NDArray]:
-    """θ and the ends of its symmetric bootstrap-t interval, each [S], for S data sets of `columns` [K, S, n] at once.
+    columns: NDArray[Any], signs: Sequence[int], num_resamples: int = NUM_RESAMPLES, seed: int = 0, level: float = LEVEL
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return θ and the ends of its symmetric bootstrap-t interval, each [S], for S data sets of `columns` [K, S, n].
 
-    Below `LEAST_QUESTIONS`, where resamples often repeat one question alone, Student's t takes over.
+    With fewer than `LEAST_QUESTIONS` questions, Student's t is used, because resamples then often consist of one
+    question only.
     """
     n = columns.shape[-1]
     theta, error = log_ratio_errors(columns, signs)
@@ -80,21 +87,23 @@ def log_ratio_intervals(
                 weight = signs[k] * signs[j] * (1 if j == k else 2)
                 variance += weight * (counts @ (first * second).T) / (sums[k] * sums[j])
         spread = np.sqrt(np.maximum(variance, 0) * n / (n - 1))
-        # below 1e-7 the spread is cancellation error: such a resample repeats one question
+        # below 1e-7 the spread is cancellation error: the resample consists of one question
         studentised = np.where(spread > 1e-7, np.abs(again - theta) / spread, np.inf)
         factor = np.quantile(np.nan_to_num(studentised, nan=np.inf), level, axis=0, method="higher")
-    margin = np.where(error > 1e-9, factor * error, 0.0)  # 0: every question has the same ratio
+    margin = np.where(error > 1e-9, factor * error, 0.0)  # 0 if every question has the same ratio
     return theta, theta - margin, theta + margin
 
 
 def ratio_interval(
     numerators: ArrayLike, denominators: ArrayLike, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> Interval:
-    """Σ numerators / Σ denominators with its interval, questions resampled.
+    """Return Σ numerators / Σ denominators with its interval over questions.
 
     Args:
-        numerators, denominators: [n], one number a question; or both [K, n] for a product of K ratios (a speedup is
+        numerators, denominators: [n], one value per question; or both [K, n] for a product of K ratios (a speedup is
             [baseline seconds, tokens] over [baseline tokens, seconds]).
+        seed: seed of the resampling.
+        num_resamples: R.
 
     Raises:
         ValueError: no question, or sides of different length.
@@ -109,18 +118,22 @@ def ratio_interval(
     columns = np.concatenate([up, down])[:, None, :]
     signs = [1] * len(up) + [-1] * len(down)
     theta, low, high = log_ratio_intervals(columns, signs, num_resamples, seed)
-    value = float(np.prod(up.sum(-1) / down.sum(-1)))  # not exp(θ), which rounds
+    value = float(np.prod(up.sum(-1) / down.sum(-1)))  # exp(θ) would add a rounding error
     with np.errstate(over="ignore"):
         return Interval(value, value * float(np.exp(low - theta)[0]), value * float(np.exp(high - theta)[0]))
 
 
-def swap_p_values(a: NDArray, b: NDArray, num_permutations: int = NUM_RESAMPLES, seed: int = 0) -> NDArray:
-    """Two-sided p [S] of θ = log(Σa_1/Σa_2) - log(Σb_1/Σb_2) under swapping the labels A and B question by question.
+def swap_p_values(
+    a: NDArray[Any], b: NDArray[Any], num_permutations: int = NUM_RESAMPLES, seed: int = 0
+) -> NDArray[Any]:
+    """Return two-sided p [S] of θ = log(Σa_1/Σa_2) - log(Σb_1/Σb_2) under swapping the labels A and B per question.
 
-    The sign-flip permutation test: all 2^n swaps where they are few, else random ones with the observed one counted.
+    This is the sign-flip permutation test: all 2^n swaps if there are few, otherwise random ones and the observed one.
 
     Args:
         a, b: [2, S, n], numerators and denominators of the two sides.
+        num_permutations: maximum number of swaps.
+        seed: seed of the random swaps.
     """
     n = a.shape[-1]
     if 2**n <= num_permutations:
@@ -130,7 +143,7 @@ def swap_p_values(a: NDArray, b: NDArray, num_permutations: int = NUM_RESAMPLES,
         swaps = np.random.default_rng(seed).integers(0, 2, (num_permutations, n)).astype(float)
         added = 1
 
-    def theta(moved: NDArray | float, other: NDArray | float) -> NDArray:
+    def theta(moved: NDArray[Any] | float, other: NDArray[Any] | float) -> NDArray[Any]:
         sums_a, sums_b = a.sum(-1), b.sum(-1)  # [2, S]
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.log((sums_a[0] + moved) / (sums_a[1] + other)) - np.log((sums_b[0] - moved) / (sums_b[1] - other))
@@ -145,9 +158,9 @@ class PairedRatio:
     """A over B on the same questions."""
 
     ratio: Interval
-    p_value: float  # sign-flip permutation: the verdict follows it
+    p_value: float  # sign-flip permutation test; determines the verdict
     num_questions: int
-    detectable: float  # relative difference found with 80 % power at the 5 % level
+    detectable: float  # relative difference detected with 80 % power at the 5 % level
 
 
 def paired_log_ratio(
@@ -159,10 +172,12 @@ def paired_log_ratio(
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
 ) -> PairedRatio:
-    """(ΣA/ΣA') / (ΣB/ΣB') on the same questions: paired bootstrap of its log, permutation p, detectable effect.
+    """Compare (ΣA/ΣA') / (ΣB/ΣB') on the same questions: paired bootstrap of its log, permutation p, detectable effect.
 
     Args:
-        numerators_a, …: [n], the same question in the same place.
+        numerators_a, denominators_a, numerators_b, denominators_b: [n], with the same question at the same index.
+        seed: seed of resampling and permutations.
+        num_resamples: number of resamples and permutations.
 
     Raises:
         ValueError: no question, or sides of different length.
@@ -179,19 +194,22 @@ def paired_log_ratio(
 
 
 def minimum_detectable_effect(standard_error: float, power: float = 0.8, level: float = LEVEL) -> float:
-    """The relative difference that a comparison finds with probability `power` (field.md §6.2: 2.8 standard errors).
+    """Return the relative difference that a comparison detects with probability `power`.
+
+    With the default arguments, this is 2.8 standard errors.
 
     Args:
-        standard_error: of the log ratio, σ_d / √n.
+        standard_error: standard error of the log ratio, σ_d / √n.
+        power: probability of detection.
+        level: confidence level.
     """
     return math.expm1((stats.norm.ppf((1 + level) / 2) + stats.norm.ppf(power)) * standard_error)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the given order: below 0.05 is a finding with all comparisons accounted for."""
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    adjusted, running = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = running
-    return adjusted
+    """Return Holm's adjusted p-values in the given order; a value below 0.05 is significant among all comparisons."""
+    p = np.asarray(p_values, float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1, np.arange(len(p), 0, -1) * p[order]))
+    return adjusted.tolist()

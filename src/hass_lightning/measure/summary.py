@@ -1,32 +1,29 @@
-"""Records to table rows: one a (draft, decoder, benchmark, sampling), every number with its interval."""
+"""Summary of records: one table row per (draft, decoder, benchmark, sampling), with intervals."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from hass_lightning.measure.records import acceptance_length, speedup, tokens_per_second
+from hass_lightning.measure.metrics import acceptance_length, speedup, tokens_per_second
+from hass_lightning.measure.record import BASELINE, Record, group_by
 from hass_lightning.measure.statistics import Interval
-from hass_lightning.measure.trace import BASELINE, Record
 from hass_lightning.measure.verdicts import metric_interval, speedup_interval
 
 
 def summarize(records: Sequence[Record], seed: int = 0) -> list[dict[str, Any]]:
-    """One row a (draft, decoder, benchmark, sampling), in the order of first appearance.
+    """Return one row per (draft, decoder, benchmark, sampling), in the order of first appearance.
 
     Conventions: `acceptance_length` is τ micro with the bonus token, `speedup` includes the prefill
-    (`speedup_without_prefill` does not). None stands for what cannot be said: no baseline, one question, sampled
-    answers. `num_prompts` and the counts below it count questions, all turns of one together:
+    (`speedup_without_prefill` does not). None means undefined: no baseline, one question, sampled answers.
+    `num_prompts` and the counts below it count questions, all turns of one together:
 
     - `num_identical`: equal to the autoregressive answer in the working dtype, of `num_compared`;
-    - `largest_gap`: the largest gap between the target's two best logits where an answer departed (a tie, if small);
-    - `num_fp32_identical`: equal in fp32, of `num_checked` that were decoded again. Anything less is a defect.
+    - `largest_gap`: the largest gap between the target's two largest logits where an answer differed (a tie if small);
+    - `num_fp32_identical`: equal in fp32, of `num_checked` that were decoded again. Any smaller number is a defect.
     """
-    groups: dict[tuple, list[Record]] = defaultdict(list)
-    for record in records:
-        groups[record.draft, record.decoder, record.benchmark, record.sampling, record.target].append(record)
+    groups = group_by(records, lambda r: (r.draft, r.decoder, r.benchmark, r.sampling, r.target))
     rows = []
     for (draft, decoder, benchmark, sampling, target), group in groups.items():
         baseline = groups.get(("", BASELINE, benchmark, sampling, target), [])
@@ -49,18 +46,16 @@ def summarize(records: Sequence[Record], seed: int = 0) -> list[dict[str, Any]]:
                 **_ends("speedup", speed),
                 "speedup_without_prefill": _known(speedup(group, baseline, prefill=False)),
                 "tokens_per_second": _known(tokens_per_second(group)),
-                **_identity("num_identical", "num_compared", [(each.prompt_id, each.identical) for each in group]),
+                **_identity(group, "identical", "num_identical", "num_compared"),
                 "largest_gap": max((gap for gap in gaps if gap is not None), default=None),
-                **_identity(
-                    "num_fp32_identical", "num_checked", [(each.prompt_id, each.fp32_identical) for each in group]
-                ),
+                **_identity(group, "fp32_identical", "num_fp32_identical", "num_checked"),
             }
         )
     return rows
 
 
 def _known(value: float) -> float | None:
-    """None for nan and infinity, which JSON has no word for."""
+    """Return None for nan and infinity, which JSON cannot represent."""
     return value if math.isfinite(value) else None
 
 
@@ -69,12 +64,9 @@ def _ends(name: str, interval: Interval) -> dict[str, float | None]:
     return {key: _known(value) for key, value in values.items()}
 
 
-def _identity(name: str, of: str, verdicts: list[tuple[str, bool | None]]) -> dict[str, int | None]:
-    """Questions all of whose compared turns are equal, and questions compared; None where none was."""
-    by_question: dict[str, list[bool]] = defaultdict(list)
-    for question, verdict in verdicts:
-        if verdict is not None:
-            by_question[question].append(verdict)
-    if not by_question:
-        return {name: None, of: 0}
-    return {name: sum(all(each) for each in by_question.values()), of: len(by_question)}
+def _identity(records: Sequence[Record], verdict: str, name: str, of: str) -> dict[str, int | None]:
+    """Return the number of questions whose compared turns are all equal, and of compared questions, or None."""
+    compared = [record for record in records if getattr(record, verdict) is not None]
+    questions = group_by(compared, lambda record: record.prompt_id).values()
+    equal = sum(all(getattr(record, verdict) for record in turns) for turns in questions)
+    return {name: equal if questions else None, of: len(questions)}

@@ -6,18 +6,19 @@ import csv
 import math
 import re
 from collections import defaultdict
-from itertools import accumulate
 from pathlib import Path
 
-Curve = list[tuple[int, float]]  # (step, value), steps ascending
+import numpy as np
+
+Curve = list[tuple[int, float]]  # (step, value), in the order of steps
 STEP = re.compile(r"(?P<stem>.+)/(?:step|depth)(?P<number>\d+)$")
 
 
 def read_curves(run_dir: Path) -> dict[str, Curve]:
-    """Every logged metric as a curve; cells that are empty or no finite number are left out.
+    """Return every logged metric as a curve, without cells that are empty or not finite.
 
-    All `csv/**/metrics*.csv` are read, oldest first: a resumed run may have put the part before the kill aside, and
-    where both hold a step the newer file wins.
+    All `csv/**/metrics*.csv` are read, oldest first: a resumed run may have moved the part before the interruption to
+    another file. If both contain a step, the newer file takes precedence.
     """
     found: dict[str, dict[int, float]] = defaultdict(dict)
     files = sorted((run_dir / "csv").glob("**/metrics*.csv"), key=lambda path: (path.stat().st_mtime, path.name))
@@ -42,17 +43,13 @@ def _number(text: object) -> float | None:
 
 
 def by_step(curves: dict[str, Curve], stem: str) -> dict[int, Curve]:
-    """The curves `<stem>/step1`, `<stem>/step2`, … by their number."""
-    found = {}
-    for name, curve in curves.items():
-        match = STEP.fullmatch(name)
-        if match and match["stem"] == stem:
-            found[int(match["number"])] = curve
-    return dict(sorted(found.items()))
+    """Return the curves `<stem>/step1`, `<stem>/step2`, … by number."""
+    matches = ((STEP.fullmatch(name), curve) for name, curve in curves.items())
+    return dict(sorted((int(match["number"]), curve) for match, curve in matches if match and match["stem"] == stem))
 
 
 def loss_terms(curves: dict[str, Curve]) -> list[str]:
-    """Names of the loss terms that were logged by alignment step, in the order of the file."""
+    """Return the names of the loss terms logged by alignment step, in the order of the file."""
     names: dict[str, None] = {}
     for name in curves:
         match = STEP.fullmatch(name)
@@ -63,17 +60,14 @@ def loss_terms(curves: dict[str, Curve]) -> list[str]:
 
 
 def thin(curve: Curve, limit: int = 1500) -> Curve:
-    """At most about `limit` points, the last one among them: a page need not hold every step of a long run."""
+    """Return at most about `limit` points including the last one, to limit the size of a page."""
     stride = -(-len(curve) // limit)
     return curve if stride <= 1 else [*curve[:-1:stride], curve[-1]]
 
 
 def smooth(curve: Curve, window: int) -> Curve:
-    """Centred moving average over `window` points (fewer at the ends)."""
-    half = max(0, window // 2)
-    sums = [0.0, *accumulate(value for _, value in curve)]
-    result = []
-    for index, (step, _) in enumerate(curve):
-        start, end = max(0, index - half), min(len(curve), index + half + 1)
-        result.append((step, (sums[end] - sums[start]) / (end - start)))
-    return result
+    """Return the centered moving average over `window` points (fewer at the ends)."""
+    kernel = np.ones(2 * max(0, min(window, len(curve) - 1) // 2) + 1)
+    values = np.array([value for _, value in curve])
+    means = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+    return [(step, value) for (step, _), value in zip(curve, means.tolist(), strict=True)]

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hass_lightning.measure.records import BASELINE, Record
+from hass_lightning.measure.record import BASELINE, Record
 from hass_lightning.report.series import Series, series_of_rows
-from hass_lightning.report.tables import Column, Row, is_number, mean_cell, share, value_cell
+from hass_lightning.report.summary_tables import mean_cell, share
+from hass_lightning.report.tables import Column, Row, is_number, value_cell
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline number."""
+    """One of the numbers at the top."""
 
     name: str
     value: str
@@ -23,7 +24,7 @@ class Tile:
 
 
 def fastest(rows: Sequence[Row]) -> tuple[Series, list[Row]] | None:
-    """The speculative line with the greatest mean speedup (τ where no speed is known), and its rows."""
+    """Return the speculative series with the largest mean speedup (τ if no speed is known), and its rows."""
     groups = series_of_rows([row for row in rows if row.get("decoder") != BASELINE])
 
     def rank(series: Series) -> tuple[float, float]:
@@ -36,7 +37,7 @@ def fastest(rows: Sequence[Row]) -> tuple[Series, list[Row]] | None:
 
 
 def headline_note(rows: Sequence[Row]) -> str:
-    """Which line the headline numbers belong to, where there are several or several benchmarks."""
+    """Return which series the numbers belong to if there are several series or benchmarks."""
     best = fastest(rows)
     if best is None:
         return ""
@@ -49,7 +50,7 @@ def headline_note(rows: Sequence[Row]) -> str:
 
 
 def headline_tiles(rows: Sequence[Row], train_seconds: Any = None) -> list[Tile]:
-    """τ, speedup, tokens per second, prompts of the fastest line; identity checks of all lines; training time."""
+    """Return τ, speedup, tokens per second and prompts of the fastest series, identity checks of all, training time."""
     tiles = []
     best = fastest(rows)
     if best is not None:
@@ -79,12 +80,12 @@ def headline_tiles(rows: Sequence[Row], train_seconds: Any = None) -> list[Tile]
             hint = "greedy answers equal to the autoregressive ones, all decoders"
             tiles.append(Tile(title, str(share(equal, of)), detail, hint, bad="fp32" in name and equal < of))
     if is_number(train_seconds):
-        tiles.append(Tile("training", f"{train_seconds / 60:.1f} min", "", "wall-clock, all attempts"))
+        tiles.append(Tile("training", f"{train_seconds / 60:.1f} min", "", "wall clock, all attempts"))
     return tiles
 
 
 def subtitle(records: Sequence[Record]) -> str:
-    """What all records share: target, answer length, benchmarks."""
+    """Return what all records share: target, answer length, benchmarks."""
     targets = sorted({record.target for record in records} - {""})
     lengths = sorted({record.max_new_tokens for record in records} - {0})
     benchmarks = list(dict.fromkeys(record.benchmark for record in records))

@@ -1,7 +1,7 @@
-"""Heads out: engines' layouts, written and checked before they are left behind. (Heads in: draft/official.py.)"""
+"""Export of draft heads in the layouts of serving engines, with checks. For imports, see draft/import_official.py."""
 
 from hass_lightning.serving.card import RunFacts
-from hass_lightning.serving.package import export_head
-from hass_lightning.serving.profiles import PROFILES, Profile
+from hass_lightning.serving.engines import PROFILES, Profile
+from hass_lightning.serving.export import export_head
 
 __all__ = ["PROFILES", "Profile", "RunFacts", "export_head"]

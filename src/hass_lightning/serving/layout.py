@@ -1,6 +1,6 @@
-"""The tensors and the config.json of a head in an engine's layout.
+"""Tensors and config.json of an EAGLE head in the layout of a serving engine.
 
-Shapes: D hidden, I intermediate, V vocabulary, H heads, G key/value heads, d head size (types.py has the legend).
+Shapes: D hidden, I intermediate, V vocabulary, H heads, G key/value heads, d head size (see the legend in types.py).
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from hass_lightning.draft import SavedDraft
-from hass_lightning.draft.checkpoint import OURS, rope_fields
-from hass_lightning.serving.profiles import Profile
-from hass_lightning.target import TargetHead
+from hass_lightning.draft.head_config import OURS, class_note, rope_fields
+from hass_lightning.serving.engines import Profile
+from hass_lightning.target_model import TargetHead
 
 
 def tensors_for(saved: SavedDraft, head: TargetHead, profile: Profile, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of the file, by published name, in `dtype`.
+    """Return the tensors of the file in `dtype`, by their published names.
 
     Raises:
-        ValueError: the engine has no slot for a bias of `fc` that is not zero.
+        ValueError: if `fc` has a non-zero bias, which the engine does not support.
     """
     tensors = {name: value.detach().cpu().to(dtype).contiguous() for name, value in saved.draft.state_dict().items()}
     bias = tensors.get("fc.bias")
@@ -29,18 +29,21 @@ def tensors_for(saved: SavedDraft, head: TargetHead, profile: Profile, dtype: to
         if largest > 0:
             raise ValueError(
                 f"format={profile.name} cannot serve this head: its fc has a bias (max |fc.bias| = {largest:.3g}) and "
-                "the engine has no slot for one. Train with model.draft.fc_bias=false, or use format=sglang or eagle."
+                "the engine supports none. Train with model.draft.fc_bias=false, or use format=sglang or eagle."
             )
         del tensors["fc.bias"]
     if profile.fc_bias == "always" and bias is None:
         tensors["fc.bias"] = torch.zeros(tensors["fc.weight"].shape[0], dtype=dtype)
+    if profile.o_bias and "layers.0.self_attn.q_proj.bias" in tensors:
+        weight = tensors["layers.0.self_attn.o_proj.weight"]
+        tensors["layers.0.self_attn.o_proj.bias"] = torch.zeros(weight.shape[0], dtype=dtype)
     if profile.embeddings:
         tensors["embed_tokens.weight"] = head.embed_tokens.cpu().to(dtype).contiguous()
     return tensors
 
 
 def shapes_for(config: Any, profile: Profile, fc_bias: bool) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor that the file must hold, from the sizes alone (fc_bias: whether it holds one)."""
+    """Return the expected shape of each tensor of the file. `fc_bias`: whether the head has a bias in `fc`."""
     hidden, inner, d = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * d, config.num_key_value_heads * d
     shapes: dict[str, tuple[int, ...]] = {
@@ -56,18 +59,27 @@ def shapes_for(config: Any, profile: Profile, fc_bias: bool) -> dict[str, tuple[
     }
     if profile.fc_bias == "always" or (profile.fc_bias == "as_trained" and fc_bias):
         shapes["fc.bias"] = (hidden,)
+    if getattr(config, "qkv_bias", False):
+        sizes = {"q": queries, "k": keys, "v": keys} | ({"o": hidden} if profile.o_bias else {})
+        shapes |= {f"layers.0.self_attn.{name}_proj.bias": (size,) for name, size in sizes.items()}
     if profile.embeddings:
         shapes["embed_tokens.weight"] = (config.vocab_size, hidden)
     return shapes
 
 
+def bias_fields(head: Any, profile: Profile) -> dict[str, bool]:
+    """The keys by which an engine knows that q, k and v have biases, and o has none (or zeros)."""
+    biased = bool(getattr(head, "qkv_bias", False))
+    return {"attention_bias": biased and profile.o_bias} | ({"qkv_bias": True} if biased and not profile.o_bias else {})
+
+
 def config_for(
     saved: SavedDraft, target_config: Any, profile: Profile, dtype: torch.dtype, fc_bias: bool
 ) -> dict[str, Any]:
-    """config.json: a plain Llama config of one layer.
+    """Return config.json: a Llama config with one layer.
 
-    Rope is the head's own, what its weights were trained with; `max_position_embeddings` is the target's, since engines
-    size their rotary cache by it.
+    The rope settings are those the head was trained with. `max_position_embeddings` is that of the target, because
+    engines use it as the size of their rotary cache.
     """
     head = saved.draft.config
     name = str(dtype).removeprefix("torch.")
@@ -86,7 +98,7 @@ def config_for(
         "max_position_embeddings": target_config.max_position_embeddings,
         **rope_fields(head),
         "tie_word_embeddings": False,
-        "attention_bias": False,
+        **bias_fields(head, profile),
         "mlp_bias": False,
         "bos_token_id": target_config.bos_token_id,
         "eos_token_id": target_config.eos_token_id,
@@ -97,5 +109,5 @@ def config_for(
     if profile.bias_key:
         config["bias"] = fc_bias
     if profile.notes:
-        config[OURS] = saved.notes | {"fc_bias": fc_bias, "dtype": name}
+        config[OURS] = saved.notes | saved.draft.saved_notes() | class_note(saved.draft) | {"dtype": name}
     return config

@@ -1,1 +1,1 @@
-"""training."""
+"""Training with PyTorch Lightning: module, callbacks, strategies, loggers, budgets."""

@@ -1,7 +1,9 @@
-"""What a run costs in marked rows and FLOPs, known before it starts: batch n is a function of (seed, n).
+"""Training compute of a run in loss positions and FLOPs, computed before the run starts.
 
-So a budget becomes a number of steps, and the learning rate and every schedule end where the budget does.
-Shapes: B batch, T tokens, R marked rows, D hidden, J alignment steps, Vd draft vocabulary (types.py has the legend).
+This is possible because batch n is a function of (seed, n). A compute budget is converted to a number of steps, so the
+learning rate and every schedule end when the budget is used up.
+Shapes: B batch, T tokens, R loss positions, D hidden, J alignment steps, Vd draft vocabulary (see the legend in
+types.py).
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import lightning.pytorch as L
 
 from hass_lightning.data.order import BatchOrder
 from hass_lightning.draft.alignment import Alignment, needed_rows
+from hass_lightning.draft.head import Products
 from hass_lightning.types import Tokens
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What decides the cost of a batch: B, T (padded), R, and the rows whose estimates are needed."""
+    """Sizes that determine the cost of a batch: B, T (padded), R, and the number of predicted features needed."""
 
     batch: int
     length: int
@@ -29,79 +32,90 @@ class BatchShape:
     needed: int
 
 
-def step_flops(config: Any, vocab_size: int, shape: BatchShape, alignment: Alignment) -> float:
-    """FLOPs of one forward and backward of the head, its LM head included: 2 a multiplied pair, matrix products alone.
+def step_flops(products: Products, vocab_size: int, shape: BatchShape, alignment: Alignment) -> float:
+    """Return the FLOPs of one forward and backward pass of the head including its LM head.
+
+    Only matrix products are counted, with 2 FLOPs per multiply-add.
 
     Args:
-        config: the head's LlamaConfig. vocab_size: Vd. alignment: with a number as its depth.
+        products: sizes of the head's matrix products.
+        vocab_size: Vd.
+        shape: sizes of the batch.
+        alignment: the alignment, with a number as its depth.
     """
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
     rows = shape.batch * (shape.length - 1)
-    fuse = 2 * rows * 2 * hidden * hidden
-    projections = 2 * rows * hidden * (queries + 2 * keys)
-    attention = 4 * shape.batch * (shape.length - 1) ** 2 * queries
-    rest = 2 * shape.needed * hidden * (queries + 3 * ffn)
-    logits = 2 * shape.marked * hidden * vocab_size
-    # backward: weights and inputs, twice the forward; fc's inputs have no gradient, nor has the frozen LM head's weight
-    step = 2 * fuse + 3 * (projections + rest) + 2 * logits
-    # the exact mask multiplies one band whole (the others are diagonals), the leaky one every band
+    read, fuse, projections = (2 * rows * each for each in (products.read, products.fuse, products.projections))
+    attention = 4 * shape.batch * (shape.length - 1) ** 2 * products.queries
+    rest = 2 * shape.needed * products.rest
+    logits = 2 * shape.marked * products.hidden * vocab_size
+    # the backward pass costs twice the forward pass: gradients of weights and of inputs. The inputs of fc and the
+    # weight of a frozen LM head need no gradient
+    step = 2 * fuse + 3 * (projections + rest) + (3 if products.trains_lm_head else 2) * logits
+    # the exact mask computes one band as a full matrix (the others are diagonals), the leaky mask computes every band
+    # so
     num_whole = sum(range(1, alignment.depth + 1)) if alignment.mask == "leaky" else alignment.depth
-    total = alignment.depth * step + 3 * num_whole * attention + logits  # and the target's own logits, once
+    # plus the target's logits, computed once, and its features, read once
+    total = alignment.depth * step + 3 * num_whole * attention + logits + 2 * read
     if alignment.gradient == "bptt":
         total += (alignment.depth - 1) * fuse
     if alignment.checkpoint:
-        total += alignment.depth * (2 * rows * hidden * queries + rest) + num_whole * attention
+        total += alignment.depth * (2 * rows * products.hidden * products.queries + rest) + num_whole * attention
     return float(total)
 
 
 class RunCost:
-    """The cost of the first n optimizer steps of a run, for any n.
+    """Cost of the first n optimizer steps of a run, for any n.
 
     Args:
-        sequences: the training sequences. batch_size: of a step's batch over all processes. seed: of their order.
-        accumulate: batches in a step. config: the head's. vocab_size: Vd. alignment: its depth may be a schedule.
+        sequences: the training sequences.
+        batch_size: batch size over all processes.
+        seed: seed of the order of the sequences.
+        accumulate: number of batches per step.
+        products: sizes of the head's matrix products.
+        vocab_size: Vd.
+        alignment: the alignment; its depth may be a schedule.
     """
 
     def __init__(
-        self, sequences: Sequence[Tokens], batch_size: int, seed: int, accumulate: int, config: Any, vocab_size: int,
-        alignment: Alignment,
+        self, sequences: Sequence[Tokens], batch_size: int, seed: int, accumulate: int, products: Products,
+        vocab_size: int, alignment: Alignment,
     ):  # fmt: skip
         self.sequences, self.accumulate = sequences, accumulate
-        self.config, self.vocab_size, self.alignment = config, vocab_size, alignment
+        self.products, self.vocab_size, self.alignment = products, vocab_size, alignment
         order = BatchOrder([len(sequence) for sequence in sequences], batch_size, seed, sys.maxsize)
         self._order = iter(order)
         self._batches: list[list[int]] = []
-        self._rows: dict[int, int] = {}  # by batch
+        self._positions: dict[int, int] = {}  # by batch
         self._needed: dict[tuple[int, int], int] = {}  # by sequence and depth
         self._flops: dict[tuple[int, int], float] = {}  # by batch and depth
 
     def batches(self, step: int) -> range:
-        """The numbers of the batches of a step."""
+        """Return the batch numbers of a step."""
         last = (step + 1) * self.accumulate
         while len(self._batches) < last:
             self._batches.append([index for _, index in next(self._order)])
         return range(last - self.accumulate, last)
 
     def step(self, number: int, progress: float = 0.0, alignment: Alignment | None = None) -> tuple[int, float]:
-        """(marked rows over all processes, FLOPs) of one step, at its progress and with this alignment or another."""
+        """Return (loss positions over all processes, FLOPs) of one step at `progress`, with `alignment` if given."""
         now = (alignment or self.alignment).at(progress)
         batches = self.batches(number)
-        return sum(self._marked(batch) for batch in batches), sum(self._batch_flops(batch, now) for batch in batches)
+        return sum(self._loss_positions(batch) for batch in batches), sum(
+            self._batch_flops(batch, now) for batch in batches
+        )
 
     def tokens(self, num_steps: int) -> int:
-        """Marked rows of the first `num_steps` steps."""
-        return sum(self._marked(batch) for step in range(num_steps) for batch in self.batches(step))
+        """Return the number of loss positions of the first `num_steps` steps."""
+        return sum(self._loss_positions(batch) for step in range(num_steps) for batch in self.batches(step))
 
     def flops(self, num_steps: int, alignment: Alignment | None = None) -> float:
-        """FLOPs of a run of `num_steps` steps."""
+        """Return the FLOPs of a run of `num_steps` steps."""
         return sum(self.step(number, number / num_steps, alignment)[1] for number in range(num_steps))
 
-    def _marked(self, batch: int) -> int:
-        if batch not in self._rows:
-            self._rows[batch] = sum(int(self.sequences[i].loss_mask[:-1].sum()) for i in self._batches[batch])
-        return self._rows[batch]
+    def _loss_positions(self, batch: int) -> int:
+        if batch not in self._positions:
+            self._positions[batch] = sum(int(self.sequences[i].loss_mask[:-1].sum()) for i in self._batches[batch])
+        return self._positions[batch]
 
     def _needed_rows(self, index: int, depth: int) -> int:
         if (index, depth) not in self._needed:
@@ -115,24 +129,23 @@ class RunCost:
             shape = BatchShape(
                 len(indices),
                 max(len(self.sequences[index]) for index in indices),
-                self._marked(batch),
+                self._loss_positions(batch),
                 sum(self._needed_rows(index, alignment.depth) for index in indices),
             )
-            self._flops[batch, alignment.depth] = step_flops(self.config, self.vocab_size, shape, alignment)
+            self._flops[batch, alignment.depth] = step_flops(self.products, self.vocab_size, shape, alignment)
         return self._flops[batch, alignment.depth]
 
     def steps_within(
-        self,
-        limit: int | None,
-        tokens: float | None = None,
-        flops: float | None = None,
-        match_depth: int | None = None,
+        self, limit: int | None, tokens: float | None = None, flops: float | None = None, match_depth: int | None = None
     ) -> int | None:
-        """The number of steps that a budget buys, at least 1; None without any limit.
+        """Return the number of steps that fit the budget, at least 1; None without any limit.
 
         Args:
-            limit: steps at most. tokens, flops: what may be spent. match_depth: spend the FLOPs of `limit` steps at
-                this depth; `limit` is then no limit itself.
+            limit: maximum number of steps.
+            tokens: maximum number of loss positions.
+            flops: maximum number of FLOPs.
+            match_depth: use the FLOPs that `limit` steps take at this depth as the budget; `limit` itself is then
+                ignored.
 
         Raises:
             ValueError: `match_depth` without `limit`, or a budget that is not positive.
@@ -142,7 +155,7 @@ class RunCost:
         if match_depth is not None:
             if limit is None:
                 raise ValueError(
-                    f"compute.match_depth={match_depth} takes the FLOPs of trainer.max_epochs or max_steps at that "
+                    f"compute.match_depth={match_depth} uses the FLOPs of trainer.max_epochs or max_steps at that "
                     "depth: set one of them."
                 )
             matched = self.flops(limit, replace(self.alignment, depth=int(match_depth), step_weights=None))
@@ -156,7 +169,7 @@ class RunCost:
 
 
 def _largest(cost: Callable[[int], float], budget: float, limit: int | None) -> int:
-    """The greatest n ≥ 1 (≤ limit) whose cost is within the budget; `cost` grows with n."""
+    """Return the largest n ≥ 1 (≤ limit) whose cost is within the budget; `cost` must increase with n."""
     high = 1
     while cost(high) <= budget:
         if limit is not None and high >= limit:
@@ -170,7 +183,7 @@ def _largest(cost: Callable[[int], float], budget: float, limit: int | None) -> 
 
 
 class ComputeMeter(L.Callback):
-    """Logs what is spent: compute/tokens (marked rows, all processes), compute/flops, compute/seconds."""
+    """Logs the training compute: compute/tokens (loss positions of all processes), compute/flops, compute/seconds."""
 
     def __init__(self, cost: RunCost):
         self.cost = cost
@@ -178,19 +191,19 @@ class ComputeMeter(L.Callback):
         self._counted, self._tokens, self._flops = 0, 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Seconds of training, over all attempts."""
+        """Return the seconds of training over all attempts."""
         return {"seconds": self._seconds + time.perf_counter() - self._since if self._since else self._seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the seconds of training."""
         self._seconds = state_dict["seconds"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Start the clock."""
+        """Start the timer."""
         self._since = time.perf_counter()
 
     def spent(self, step: int, num_steps: int) -> dict[str, float]:
-        """Marked rows and FLOPs of the first `step` of `num_steps` steps."""
+        """Return the loss positions and FLOPs of the first `step` of `num_steps` steps."""
         for number in range(self._counted, step):
             tokens, flops = self.cost.step(number, number / num_steps)
             self._tokens, self._flops = self._tokens + tokens, self._flops + flops
@@ -198,7 +211,7 @@ class ComputeMeter(L.Callback):
         return {"tokens": self._tokens, "flops": self._flops}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log every `log_every_n_steps`."""
+        """Log the compute every `log_every_n_steps` steps."""
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             spent = self.spent(trainer.global_step, trainer.max_steps) | self.state_dict()
             pl_module.log_dict({f"compute/{name}": float(value) for name, value in spent.items()})

@@ -1,4 +1,4 @@
-"""What an interrupted run goes on from, wherever it was interrupted: kill -9, Ctrl-C, or a full disk while saving."""
+"""The checkpoint from which an interrupted run resumes, whether by kill -9, Ctrl-C or a full disk while saving."""
 
 from __future__ import annotations
 
@@ -15,24 +15,28 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from hass_lightning.ledger import REQUEUE_EXIT_CODE
+from hass_lightning.runs.signals import PREEMPTION, ask_to_be_started_again, preemption_signals
 
 log = logging.getLogger(__name__)
+LAYOUT_FILE = "layout.json"  # in a DeepSpeed checkpoint folder (resume.py)
 
 
 def find_last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in `folder`, if any; a damaged one is named and left for the next save to replace."""
+    """Return the newest complete checkpoint in `folder`, or None.
+
+    A damaged checkpoint is logged and left for the next save to replace.
+    """
     for path in (Path(folder) / name for name in ("last.ckpt", "last.ckpt.old")):
         if path.exists():
-            if _is_whole(path):
+            if is_whole(path):
                 return str(path)
-            log.warning("the checkpoint %s is damaged and not used: the run goes back to the one before it, or to the "
-                        "start", path)  # fmt: skip
+            log.warning("the checkpoint %s is damaged and not used: the run resumes from the previous one, or starts "
+                        "again", path)  # fmt: skip
     return None
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether the checksums hold that torch.save writes (its files are zip archives)."""
+def is_whole(checkpoint: Path) -> bool:
+    """Check the checksums that torch.save writes (its files are zip archives)."""
     files = sorted(checkpoint.rglob("*.pt")) if checkpoint.is_dir() else [checkpoint]
     if checkpoint.is_dir() and not (checkpoint / "latest").exists():
         return False
@@ -50,43 +54,48 @@ def _remove(path: Path) -> None:
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt` (a folder under DeepSpeed) in `folder`, replaced as a whole, so that a kill leaves the old one.
+    """Keeps `last.ckpt` (a folder under DeepSpeed) in `folder` and replaces it atomically.
 
-    A ModelCheckpoint with `every_n_train_steps` would not do: it saves before the validation of the same step, so that
-    a run killed in that validation would never make up for it; and it copies over the only checkpoint where the
-    temporary folder is another disk. Here the step of a validation is saved after it.
+    This is not a ModelCheckpoint with `every_n_train_steps` for two reasons. ModelCheckpoint saves before the
+    validation of the same step, so a run killed during that validation would never repeat it. It also copies over the
+    only checkpoint if the temporary folder is on another file system. Here a step that is validated is saved after its
+    validation.
 
-    The first Ctrl-C (SIGINT) ends the run after the current step, with a checkpoint; the second one at once. SIGTERM
-    (preemption) does the same, and the exit code asks the launcher to start the run again.
+    The first Ctrl-C (SIGINT) ends the run after the current step with a checkpoint; the second one ends it immediately.
+    A preemption signal (SIGTERM, SIGUSR1, SIGHUP) has the effect of the first, with an exit code that asks for a
+    restart; an additional Ctrl-C does not change that.
 
     Args:
-        every_n_train_steps: optimizer steps between two checkpoints.
+        folder: the folder of the checkpoint.
+        every_n_train_steps: number of optimizer steps between checkpoints.
     """
+
+    layout: Any = None  # of a DeepSpeed run (resume.Layout); recorded in its checkpoint folders
 
     def __init__(self, folder: str, every_n_train_steps: int = 100):
         if every_n_train_steps < 1:
             raise ValueError(f"callbacks.last_checkpoint.every_n_train_steps={every_n_train_steps} must be at least 1.")
         self.folder, self.every_n_train_steps = Path(folder), every_n_train_steps
-        self._received, self._saved_step = 0, -1  # the signal that asked for the end, if one did
-        self._previous: dict[int, Any] = {}  # the handlers that were there before
+        self._received, self._saved_step = 0, -1  # the signal that requested the stop
+        self._previous: dict[int, Any] = {}  # the previous handlers
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Take over SIGINT and SIGTERM (from Lightning, whose handler broadcasts in the middle of a step)."""
+        """Install the signal handlers in place of Lightning's, which broadcast or save in the middle of a step."""
         self._received = 0
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, *preemption_signals()):
                 self._previous[number] = signal.signal(number, self._on_signal)
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Give the signals back."""
-        self._give_back(*self._previous)
+        """Restore the previous signal handlers."""
+        self._restore_handlers(*self._previous)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Give the signals back."""
-        self._give_back(*self._previous)
+        """Restore the previous signal handlers."""
+        self._restore_handlers(*self._previous)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save at every n-th optimizer step, unless a validation follows (`on_validation_end` saves then)."""
+        """Save every n-th optimizer step, unless a validation follows (then `on_validation_end` saves)."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         stop = self._stop(trainer)
@@ -97,7 +106,7 @@ class LastCheckpoint(Checkpoint):
             self._end(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Save what the validation knows, the other callbacks' best values included."""
+        """Save after the validation, including the updated best values of other callbacks."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._save(trainer)
@@ -105,11 +114,15 @@ class LastCheckpoint(Checkpoint):
             self._end(trainer)
 
     def _on_signal(self, number: int, frame: Any) -> None:
+        if self._received in PREEMPTION:
+            return  # the run ends with this step in any case
         self._received = number
-        log.warning("%s: this step is finished and saved first (Ctrl-C: stop at once)", signal.Signals(number).name)
-        self._give_back(signal.SIGINT)
+        hint = " (Ctrl-C: stop immediately)" if number == signal.SIGINT else ""
+        log.warning("%s: this step is finished and saved first%s", signal.Signals(number).name, hint)
+        if number == signal.SIGINT:
+            self._restore_handlers(signal.SIGINT)
 
-    def _give_back(self, *numbers: int) -> None:
+    def _restore_handlers(self, *numbers: int) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in numbers:
                 if number in self._previous:
@@ -117,13 +130,14 @@ class LastCheckpoint(Checkpoint):
 
     def _end(self, trainer: L.Trainer) -> None:
         if not trainer.is_global_zero:
-            sys.exit(0)  # another code, and Lightning's observer would kill the first process while it closes its logs
+            sys.exit(0)  # with another code, Lightning's observer would kill the first process while it closes its logs
         if self._received == signal.SIGINT:
             raise KeyboardInterrupt
-        sys.exit(REQUEUE_EXIT_CODE)
+        self._previous.pop(signal.SIGINT, None)  # keep it ignored
+        ask_to_be_started_again()
 
     def _stop(self, trainer: L.Trainer) -> bool:
-        """Whether any process was interrupted: they must all stop at the same step."""
+        """Return whether any process was interrupted; all must stop at the same step."""
         if trainer.world_size == 1:
             return bool(self._received)
         return bool(trainer.strategy.reduce_boolean_decision(bool(self._received), all=False))
@@ -138,11 +152,13 @@ class LastCheckpoint(Checkpoint):
                 raise
             _remove(new)
             raise ValueError(
-                f"the checkpoint {new} could not be written ({error}): free disk space, or move paths.root. The one "
-                "before it is kept: the same command goes on from there."
+                f"the checkpoint {new} could not be written ({error}): free disk space, or change paths.root. The "
+                "previous checkpoint is kept, and the same command resumes from it."
             ) from error
         if trainer.is_global_zero:
-            if last.is_dir():  # a folder cannot be replaced in one step
+            if new.is_dir() and self.layout is not None:
+                self.layout.write(new)
+            if last.is_dir():  # a folder cannot be replaced atomically
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(last, old)
             os.replace(new, last)

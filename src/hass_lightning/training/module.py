@@ -1,6 +1,7 @@
-"""The LightningModule: a draft head, its loss terms, its alignment. The frozen target stays outside of it.
+"""The LightningModule: a draft head, its loss and its alignment. The frozen target is not part of it.
 
-Shapes: B batch, T tokens, R masked rows, D hidden, J alignment steps, Vd draft vocabulary (types.py has the legend).
+Shapes: B batch, T tokens, R loss positions, D hidden, J alignment steps, Vd draft vocabulary (see the legend in
+types.py).
 """
 
 from __future__ import annotations
@@ -14,51 +15,85 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
-from hass_lightning.draft import Alignment, EagleDraft, unroll
-from hass_lightning.losses import DraftLoss, LossOutput
+from hass_lightning.draft import Alignment, DraftHead, unroll
+from hass_lightning.losses import CountedRows, DraftLoss, LossOutput, LossPass, compute_together
 from hass_lightning.measure.simulate import simulated_hits
-from hass_lightning.target.head import DraftVocabulary, TargetHead
+from hass_lightning.target_model.draft_vocabulary import DraftVocabulary
+from hass_lightning.target_model.lm_head import TargetHead
 from hass_lightning.types import FeatureBatch
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate over the run: linear warm-up, then cosine, linear or no decay, from the true number of steps."""
+    """Learning rate schedule: linear warm-up, then cosine, linear or no decay over the remaining optimizer steps.
+
+    Args:
+        warmup_fraction: fraction of the steps used for warm-up.
+        decay: shape of the decay: cosine, linear or constant.
+        final_fraction: learning rate factor at the end.
+        warmup_start: with `first_step`, the factor of warm-up step s is (s+1)/warmup. With `zero` it is s/warmup, with
+            warmup rounded down, as in transformers' `get_linear_schedule_with_warmup`, which the official code uses;
+            its first step changes only the optimizer's moments.
+    """
 
     warmup_fraction: float = 0.02
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     final_fraction: float = 0.0
+    warmup_start: Literal["first_step", "zero"] = "first_step"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.decay not in ("cosine", "linear", "constant"):
             raise ValueError(f"model.schedule.decay={self.decay} is none of cosine, linear, constant.")
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"model.schedule.warmup_fraction={self.warmup_fraction} must lie in [0, 1).")
+        if self.warmup_start not in ("first_step", "zero"):
+            raise ValueError(f"model.schedule.warmup_start={self.warmup_start} is neither first_step nor zero.")
 
     def factor(self, step: int, num_steps: int) -> float:
-        """What the learning rate is multiplied with at `step` of `num_steps`."""
-        warmup = max(1, round(self.warmup_fraction * num_steps))
+        """Return the learning rate factor at `step` of `num_steps`."""
+        if self.warmup_start == "zero":
+            warmup, offset = math.floor(self.warmup_fraction * num_steps + 1e-9), 0  # 0.29 * 100 is below 29
+        else:
+            warmup, offset = max(1, round(self.warmup_fraction * num_steps)), 1
         if step < warmup:
-            return (step + 1) / warmup
+            return (step + offset) / warmup
         progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
         shape = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
         return self.final_fraction + (1 - self.final_fraction) * shape[self.decay]
 
 
+@dataclass
+class PreparedBatch:
+    """What the loss of one batch needs and the head does not change."""
+
+    batch: FeatureBatch
+    inputs: Tensor  # [B, T-1, W], features of tokens t, with noise
+    embeddings: Tensor  # [B, T-1, D], embeddings of tokens t+1
+    mask: Tensor  # [B, T-1] bool, loss positions
+    wanted: Tensor  # [R], draft indices of the target's argmax
+    targets: Tensor  # [R, D], the features to estimate
+    num_dropped: Tensor  # positions dropped by pruning
+
+
 class HassModule(L.LightningModule):
-    """Trains one draft head.
+    """LightningModule that trains a draft head.
 
     Args:
-        draft: the head. loss: its terms. alignment: HCA. head: the target's frozen embedding and LM head.
-        optimizer: a partial that takes the parameters. schedule: of the learning rate.
-        token_ids: draft vocabulary, None = full. validation_depth: steps that validation unrolls, whatever the training
-            depth was (else depth 1 could never accept more than one token).
-        compile: torch.compile of the head's MLP and norm.
+        draft: the head.
+        loss: the loss over all alignment steps.
+        alignment: the alignment (HCA).
+        head: the target's frozen embedding and LM head.
+        optimizer: a partial that is called with the parameters.
+        schedule: learning rate schedule.
+        token_ids: token ids of the draft vocabulary; None: full vocabulary.
+        validation_depth: number of alignment steps in validation, whatever the training depth (a head validated at
+            depth 1 could never accept more than one token).
+        compile: whether to use torch.compile for the head's MLP and norm.
     """
 
     def __init__(
         self,
-        draft: EagleDraft,
+        draft: DraftHead,
         loss: DraftLoss,
         alignment: Alignment,
         head: TargetHead,
@@ -71,64 +106,128 @@ class HassModule(L.LightningModule):
         super().__init__()
         self.draft, self.loss = draft, loss
         self.planned_alignment = alignment
-        self.alignment = alignment.at(0.0)  # as it is now, see `follow_schedules`
+        self.alignment = alignment.at(0.0)  # current values, see `follow_schedules`
         self.head, self.token_ids = head, token_ids
         self.make_optimizer, self.schedule = optimizer, schedule or Schedule()
         self.validation_depth = validation_depth
         self.vocabulary: DraftVocabulary = head.draft_vocabulary(token_ids)
-        self.example_tokens = 0  # rows trained on by this process
+        self.example_tokens = 0  # loss positions of this process so far
         self._validation: dict[str, Tensor] = {}
-        if compile:  # numbers of rows change with every batch
+        if compile:  # the number of rows differs from batch to batch
             for part in (draft.layer.mlp, draft.layer.post_attention_layernorm):
                 part.compile(dynamic=True)
 
+    def metric_names(self) -> set[str]:
+        """Return the names of the metrics that training and validation log, for callbacks with `monitor=…`."""
+        depth = int(max(self.planned_alignment.depths.values))
+        parts = [f"{name}/step{step}" for name in self.loss.terms for step in range(1, depth + 1)]
+        parts += ["loss", *(f"accuracy/step{step}" for step in range(1, depth + 1))]
+        names = {f"{stage}/{part}" for stage in ("train", "val") for part in parts}
+        for step in range(1, self.validation_depth + 1):
+            names |= {f"val/{part}/step{step}" for part in ("accuracy", "survival", "forced_accuracy")}
+        return names | {"val/acceptance_length", "train/dropped_rows", "train/gradient_norm"}
+
     def setup(self, stage: str) -> None:
-        """Bring the frozen ends to this process's device, in the dtype the step computes in."""
+        """Move the target's embedding and LM head to this process's device, in the dtype of the training step."""
         dtype = None if self.trainer.precision in ("bf16-mixed", "16-mixed") else torch.float32
         if self.trainer.precision == "bf16-true":
             dtype = torch.bfloat16
         self.head = self.head.to(self.device, dtype)
         self.vocabulary = self.head.draft_vocabulary(self.token_ids)
 
+    def on_train_start(self) -> None:
+        """Announce the amount of computation to the loss, which short runs do not compile (losses/reductions.py)."""
+        rows = self.trainer.datamodule.rows_of_step(0) / self.trainer.world_size  # type: ignore[attr-defined]
+        depth = max(int(value) for value in self.planned_alignment.depths.values)
+        num_logits = int(self.trainer.estimated_stepping_batches) * rows * depth * len(self.vocabulary)
+        self.loss.compiler.decide(num_logits, self.device)
+
     def follow_schedules(self) -> None:
-        """Bring scheduled weights, K and depth to where the run is: a function of the step, so resuming is exact."""
+        """Set scheduled weights, K and depth. They depend only on the current step, so resuming is exact."""
         progress = min(1.0, self.trainer.global_step / max(1, int(self.trainer.estimated_stepping_batches)))
         self.loss.set_progress(progress)
         self.alignment = self.planned_alignment.at(progress)
 
     def on_train_batch_start(self, batch: tuple[FeatureBatch, Tensor | None], batch_idx: int) -> None:
-        """Follow the schedules."""
+        """Update the scheduled values."""
         self.follow_schedules()
 
-    def _rows(self, batch: FeatureBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """(mask [B, T-1] of rows that count, wanted draft index [R], number of marked rows dropped by the pruning)."""
+    def prepare(self, batch: FeatureBatch, noisy: Tensor | None = None) -> PreparedBatch:
+        """Return loss positions, inputs and labels of a batch; `noisy` [B, T, W] replaces its features as input."""
         marked = batch.loss_mask[:, :-1]
         index = self.vocabulary.to_indices(batch.target_ids[:, 1:].clamp(min=0))
         mask = marked & (index >= 0)
-        return mask, index[mask], marked.sum() - mask.sum()
+        return PreparedBatch(
+            batch,
+            (batch.features if noisy is None else noisy)[:, :-1],
+            self.head.embed(batch.input_ids[:, 1:]),
+            mask,
+            index[mask],
+            self.head.last(batch.features)[:, 1:][mask],
+            marked.sum() - mask.sum(),
+        )
+
+    def start_loss(self, prepared: PreparedBatch, normalizer: Tensor | float) -> LossPass:
+        """Run the alignment steps, and return the loss to be computed by `compute_together`."""
+        mask = prepared.mask
+        steps = [f[mask] for f in unroll(self.draft, prepared.embeddings, prepared.inputs, self.alignment, mask)]
+        return LossPass(
+            self.loss,
+            steps,
+            prepared.targets,
+            self.vocabulary,
+            prepared.wanted,
+            normalizer,
+            self.alignment.weights,
+            draft_logits=lambda rows: self.draft.logits(rows, self.vocabulary, decoding=False),
+            trained=self.draft.logit_parameters(),
+            counted=self._counted(prepared.batch, mask),
+        )
 
     def aligned_loss(
         self, batch: FeatureBatch, noisy: Tensor | None = None, normalizer: Tensor | float | None = None
     ) -> LossOutput:
-        """The loss of one batch, all alignment steps; `normalizer` defaults to the batch's own row count."""
-        mask, wanted, _ = self._rows(batch)
-        inputs = batch.features if noisy is None else noisy
-        embeddings = self.head.embed(batch.input_ids[:, 1:])
-        steps = [f[mask] for f in unroll(self.draft, embeddings, inputs[:, :-1], self.alignment, mask)]
-        targets = batch.features[:, 1:][mask]
-        if normalizer is None:
-            normalizer = max(1, wanted.shape[0])
-        return self.loss(steps, targets, self.vocabulary, wanted, normalizer, self.alignment.weights)
+        """Compute the loss of one batch over all alignment steps.
 
-    def training_step(self, batch: tuple[FeatureBatch, Tensor | None], batch_idx: int) -> Tensor:
-        """One aligned step; the mean is over the marked rows of all processes and of all accumulated batches."""
-        features, noisy = batch
-        mask, _, dropped = self._rows(features)
-        num_rows = mask.sum().float()
+        `normalizer` defaults to the number of loss positions in the batch.
+        """
+        prepared = self.prepare(batch, noisy)
+        if normalizer is None:
+            normalizer = max(1, prepared.wanted.shape[0])
+        return compute_together([self.start_loss(prepared, normalizer)])[0]
+
+    def _counted(self, batch: FeatureBatch, mask: Tensor) -> CountedRows | None:
+        """Which rows of `mask` [B, T-1] count in each step; None: all."""
+        alignment = self.alignment
+        if alignment.edge == "keep" and alignment.alive is None:
+            return None
+        tokens = torch.nn.functional.pad(batch.input_ids[:, 2:], (0, 1))[mask]  # the token that each row predicts
+        indices = self.vocabulary.to_indices(tokens)
+        return CountedRows(mask, alignment.depth, alignment.edge == "drop", alignment.alive, indices)
+
+    def normalizer(self) -> float:
+        """Return the divisor of the loss of a batch, with which the step is a mean over all its loss positions."""
         # gradients are averaged over processes and accumulated batches: their number · Σ_local / Σ N is the global mean
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
         rows = self.trainer.datamodule.rows_of_step(self.trainer.global_step)  # type: ignore[attr-defined]
-        output = self.aligned_loss(features, noisy, max(1, rows) / parts)
+        return max(1, rows) / parts
+
+    def training_step(self, batch: tuple[FeatureBatch, Tensor | None], batch_idx: int) -> Tensor:
+        """Compute the loss as a mean over the loss positions of all processes and accumulated batches."""
+        prepared = self.prepare(*batch)
+        (output,) = compute_together([self.start_loss(prepared, self.normalizer())])
+        self.check_finite(output)
+        self.example_tokens += len(prepared.wanted)
+        self.log("train/loss", output.total.detach(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self.log_dict(self.training_metrics(prepared, output))
+        return output.total
+
+    def check_finite(self, output: LossOutput) -> None:
+        """Check the loss of a batch.
+
+        Raises:
+            ValueError: it is not finite.
+        """
         if not torch.isfinite(output.total):
             broken = [name for name, value in output.values.items() if not torch.isfinite(value)]
             raise ValueError(
@@ -136,23 +235,22 @@ class HassModule(L.LightningModule):
                 "model.optimizer.lr or trainer.gradient_clip_val, or use trainer.precision=32-true. The last good "
                 "checkpoint is kept."
             )
-        self.example_tokens += int(num_rows)
-        count = num_rows.clamp(min=1)
-        self.log("train/loss", output.total.detach(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
+
+    def training_metrics(self, prepared: PreparedBatch, output: LossOutput) -> dict[str, Tensor]:
+        """Return the means over the loss positions of a batch to log."""
+        count = prepared.mask.sum().float().clamp(min=1)
         logged = {f"train/{name}": value / count for name, value in output.values.items()}
         accuracy = output.hits.float().sum(-1) / count
         logged |= {f"train/accuracy/step{step + 1}": value for step, value in enumerate(accuracy)}
-        logged["train/dropped_rows"] = dropped.float() / (count + dropped)
-        self.log_dict(logged)
-        return output.total
+        return logged | {"train/dropped_rows": prepared.num_dropped.float() / (count + prepared.num_dropped)}
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the sums of the last validation; its loss is that of the step reached."""
+        """Reset the sums and update the scheduled values, so that the validation loss is that of the current step."""
         self._validation = {}
         self.follow_schedules()
 
     def validation_step(self, batch: tuple[FeatureBatch, Tensor | None], batch_idx: int) -> None:
-        """Loss at the training depth, acceptance simulated to `validation_depth`."""
+        """Compute the loss at the training depth and the simulated acceptance up to `validation_depth`."""
         features, noisy = batch
         output = self.aligned_loss(features, noisy, 1.0)
         sums = {f"val/{name}": value for name, value in output.values.items()} | {"val/loss": output.total.detach()}
@@ -171,9 +269,17 @@ class HassModule(L.LightningModule):
             self._validation[name] = self._validation.get(name, 0) + value.double()
 
     def on_validation_epoch_end(self) -> None:
-        """Reduce the sums over processes once, and log the means."""
+        """Log the means over the validation data."""
+        logged = self.validation_metrics()
+        length = logged.pop("val/acceptance_length", None)
+        self.log_dict(logged)
+        if length is not None:
+            self.log("val/acceptance_length", length, prog_bar=True)
+
+    def validation_metrics(self) -> dict[str, Tensor]:
+        """Reduce the sums of the validation over processes once, and return the means."""
         if not self._validation:
-            return
+            return {}
         names = sorted(self._validation)
         stacked = torch.stack([self._validation[name] for name in names]).to(self.device)
         if self.trainer.world_size > 1:
@@ -188,8 +294,7 @@ class HassModule(L.LightningModule):
                 logged[f"val/forced_accuracy/step{step}"] = sums[f"forced{step}"] / reached
         survival = [sums[f"survived{step}"] for step in range(1, self.validation_depth + 1)]
         logged["val/acceptance_length"] = 1 + torch.stack(survival).sum() / starts
-        self.log_dict({name: value.float() for name, value in logged.items() if name != "val/acceptance_length"})
-        self.log("val/acceptance_length", logged["val/acceptance_length"].float(), prog_bar=True)
+        return {name: value.float() for name, value in logged.items()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient norm before clipping."""
@@ -197,12 +302,28 @@ class HassModule(L.LightningModule):
         if gradients and self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
-    def configure_optimizers(self) -> Any:
-        """The optimizer and a per-step schedule over Lightning's own count of optimizer steps."""
+    def own_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer of the head's parameters."""
         optimizer = self.make_optimizer([p for p in self.draft.parameters() if p.requires_grad])
-        if self.trainer.precision != "16-mixed" and hasattr(optimizer, "_step_supports_amp_scaling"):
-            # Lightning refuses to clip for a fused optimizer that could unscale by itself; without a scaler none does
-            optimizer._step_supports_amp_scaling = False
+        return allow_clipping(optimizer, self.trainer.precision)
+
+    def learning_rate_factor(self) -> Callable[[int], float]:
+        """Return the learning rate factor as a function of the optimizer step of the run."""
         num_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, num_steps))
+        return lambda step: self.schedule.factor(step, num_steps)
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and a per-step schedule over the estimated number of optimizer steps."""
+        optimizer = self.own_optimizer()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def allow_clipping(optimizer: torch.optim.Optimizer, precision: Any) -> torch.optim.Optimizer:
+    """Let Lightning clip the gradients of a fused optimizer, which it refuses because it could unscale them itself.
+
+    Without a GradScaler (precision 16-mixed) there is nothing to unscale.
+    """
+    if precision != "16-mixed" and hasattr(optimizer, "_step_supports_amp_scaling"):
+        optimizer._step_supports_amp_scaling = False
+    return optimizer

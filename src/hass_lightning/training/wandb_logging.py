@@ -1,6 +1,7 @@
-"""Everything W&B gets: settings, axes, alerts, the table of prompts, panels by depth, artifacts; offline, too.
+"""W&B: settings, axes, alerts, the table of prompts, metrics by depth and artifacts, also offline.
 
-Lightning's WandbLogger logs the curves. No other module of training knows W&B; without its logger all this is silent.
+Lightning's WandbLogger logs the curves. No other module of `training/` uses W&B; without its logger these functions do
+nothing.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from hass_lightning.cli import is_first_process
-from hass_lightning.files import write_whole
-from hass_lightning.measure.records import acceptance_length, conditional_rates, survival
-from hass_lightning.measure.trace import BASELINE, Record
-from hass_lightning.report.answers import pieces_of
-from hass_lightning.target.source import server_answers
-from hass_lightning.wandb_key import has_wandb_key, wandb_server
+from hass_lightning.measure.metrics import acceptance_length, conditional_rates, survival
+from hass_lightning.measure.record import BASELINE, Record
+from hass_lightning.measure.token_kinds import pieces_of
+from hass_lightning.runs.files import write_whole
+from hass_lightning.runs.ledger import REQUEUE_EXIT_CODE
+from hass_lightning.runs.ranks import is_first_process
+from hass_lightning.runs.wandb_key import has_wandb_key, wandb_server
+from hass_lightning.target_model.hub import server_answers
 
 log = logging.getLogger(__name__)
+MAX_TAG = 64
 AXES = ("trainer/global_step", "compute/tokens", "compute/flops", "compute/seconds")
-# how a token of an answer looks in the table: ⟦accepted⟧, ⟨the target's own where the drafts were wrong⟩, ~~rejected~~
+# How the tokens of an answer are marked in the table: ⟦accepted⟧, ⟨the target's token after a rejected draft⟩,
+# ~~rejected~~.
 MARKS = {"accepted": ("⟦", "⟧"), "corrected": ("⟨", "⟩"), "rejected": ("~~", "~~"), "target": ("", "")}
 COLUMNS = [
     "prompt", "category", "question", "decoder", "num_tokens", "num_cycles", "acceptance_length", "seconds",
@@ -34,17 +38,17 @@ COLUMNS = [
 
 
 def wandb_settings(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """What the logger of a run takes beside conf/logger: the whole config at once, and one id a run folder.
+    """Return the arguments of a run's logger in addition to conf/logger: the whole config, and one id per run folder.
 
-    The config is handed over when the run starts: an offline run that dies would lose it otherwise. Without a key, or
-    where the server does not answer, the run is logged offline, said in one line.
+    The config is passed when the run starts, because an offline run that is killed would lose it otherwise. Without a
+    key, or if the server does not answer, the run is logged offline, and one line says so.
     """
     offline_without_server()
     return {"config": dict(config), "id": run_id(run_dir)}
 
 
 def offline_without_server() -> None:
-    """W&B is offline without a key, and where its server does not answer; `WANDB_MODE` wins. Said in one line."""
+    """Set W&B offline if there is no key or the server does not answer, and log that. `WANDB_MODE` takes precedence."""
     if os.environ.get("WANDB_MODE"):
         return
     server = wandb_server()
@@ -59,28 +63,51 @@ def offline_without_server() -> None:
 
 
 def run_id(run_dir: Path) -> str:
-    """One W&B id a run folder, so that a resumed run is the same run."""
+    """Return the W&B id of a run folder, so that a resumed run continues the same W&B run."""
     file = run_dir / "wandb_id"
     known = file.read_text().strip() if file.exists() else ""
-    if not known and is_first_process():  # the others log nothing, and need no id
+    if not known and is_first_process():  # the other processes log nothing
         known = uuid.uuid4().hex[:8]
         write_whole(file, known)
     return known
 
 
-def close_wandb() -> None:
-    """Close the W&B run, if there is one, whatever happened."""
+def close_wandb(exit_code: int = 0) -> None:
+    """Close the W&B run if there is one. Any exit code other than 0 marks it as failed or preempted."""
     if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
-        wandb.finish()
+        if exit_code == REQUEUE_EXIT_CODE:
+            wandb.run.mark_preempting()
+        wandb.finish(exit_code=exit_code)
+
+
+def wandb_place() -> str | None:
+    """The address of the W&B run; of an offline one, the command that uploads it. None without a run."""
+    wandb = sys.modules.get("wandb")
+    run = None if wandb is None else wandb.run
+    if run is None:
+        return None
+    return str(run.url) if run.url else f"wandb sync {os.path.relpath(Path(run.dir).parent)}"
+
+
+def wandb_disabled() -> bool:
+    """Return whether the environment disables W&B: WANDB_DISABLED=true, or WANDB_MODE=disabled."""
+    named = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
+    return named or os.environ.get("WANDB_MODE", "").lower() == "disabled"
+
+
+def short_tags(tags: Iterable[Any]) -> list[str]:
+    """Return the tags as W&B accepts them: 1 to 64 characters, longer ones truncated."""
+    texts = [str(tag) for tag in tags if tag not in (None, "")]
+    return [text if len(text) <= MAX_TAG else text[: MAX_TAG - 1] + "…" for text in texts]
 
 
 def wandb_runs(loggers: Iterable[Logger]) -> list[Any]:
-    """The W&B runs among the loggers (of this process: the first rank alone has one)."""
+    """Return the W&B runs of the loggers (only the first process has one)."""
     return [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
 
 
 def define_axes(loggers: Iterable[Logger]) -> None:
-    """Step, tokens, FLOPs and seconds as axes; best values in the summary."""
+    """Define step, tokens, FLOPs and seconds as axes, and best values for the summary."""
     for run in wandb_runs(loggers):
         for axis in AXES[1:]:
             run.define_metric(axis, step_metric=AXES[0], summary="max")
@@ -89,14 +116,14 @@ def define_axes(loggers: Iterable[Logger]) -> None:
 
 
 def alert(loggers: Iterable[Logger], title: str, text: str) -> None:
-    """Warn in the log, and by W&B's alert (mail or Slack, once the run is online)."""
+    """Warn in the log and by a W&B alert (mail or Slack if the run is online)."""
     log.warning("%s: %s", title, text)
     for run in wandb_runs(loggers):
         run.alert(title=title, text=text, level="WARN", wait_duration=300)
 
 
 def marked_text(record: Record, tokenizer: Any) -> str:
-    """An answer with its drafted tokens marked, see `MARKS`; neighbours of one kind share their marks."""
+    """Return an answer with its draft tokens marked as in `MARKS`; adjacent tokens of one kind share their marks."""
     parts: list[tuple[str, str]] = []
     for piece in pieces_of(record, tokenizer):
         if parts and parts[-1][0] == piece.kind:
@@ -107,7 +134,7 @@ def marked_text(record: Record, tokenizer: Any) -> str:
 
 
 def prompt_rows(records: Sequence[Record], tokenizer: Any, questions: Mapping[str, str]) -> list[list[Any]]:
-    """`COLUMNS` of each prompt and decoder."""
+    """Return the `COLUMNS` of each prompt and decoder."""
     return [
         [
             record.prompt_id,
@@ -134,7 +161,7 @@ def log_results(
     tokenizer: Any,
     questions: Mapping[str, str],
 ) -> None:
-    """When a run ends: final numbers in the summary, prompts and depths as tables, head and features as artifacts."""
+    """Log the results of a run: metrics in the summary, tables of prompts and depths, and artifacts."""
     for run in wandb_runs(loggers):
         import wandb
 
@@ -155,7 +182,7 @@ def log_results(
 
 
 def depth_rows(records: Sequence[Record]) -> list[list[float]]:
-    """Depth, a_k, s_k of the speculative records."""
+    """Return depth, a_k and s_k of the speculative records."""
     own = [record for record in records if record.decoder != BASELINE]
     return [
         [depth, rate, joint]
@@ -164,9 +191,9 @@ def depth_rows(records: Sequence[Record]) -> list[list[float]]:
 
 
 def log_artifacts(run: Any, run_dir: Path, metadata: Mapping[str, Any]) -> None:
-    """The head as a `model`, the manifest of its features as a `dataset`.
+    """Log the head as a `model` artifact and the manifest of its features as a `dataset`.
 
-    Lineage stands in provenance.json: `use_artifact` needs a server.
+    Lineage is in provenance.json, because `use_artifact` needs a server.
     """
     import wandb
 
@@ -178,5 +205,5 @@ def log_artifacts(run: Any, run_dir: Path, metadata: Mapping[str, Any]) -> None:
             artifact = wandb.Artifact(name, type=kind, metadata=dict(metadata) if kind == "model" else None)
             files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
             for file in files:
-                artifact.add_file(str(file), policy="immutable")  # of a finished run: no second copy on the disk
+                artifact.add_file(str(file), policy="immutable")  # the files are final, so no second copy is needed
             run.log_artifact(artifact)

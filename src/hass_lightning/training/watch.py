@@ -1,4 +1,4 @@
-"""A callback that watches a run: axes of compute beside every validation, and alerts before time is wasted."""
+"""Callback that logs training compute with every validation and raises alerts."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from hass_lightning.training.wandb_logging import alert, define_axes
 
 
 class Watch(L.Callback):
-    """Logs what was spent beside each validation, so that acceptance can be drawn over tokens, FLOPs and seconds.
+    """Logs the training compute with each validation, so that acceptance can be plotted over tokens, FLOPs and seconds.
 
-    Warns (in the log, and by a W&B alert) when the loss is not finite, and when acceptance falls while the loss falls:
-    the head then learns something that decoding does not use, and the best head is behind it.
+    Warns (in the log and by a W&B alert) if the loss is not finite, or if acceptance falls while the loss falls. In the
+    second case the head learns something that decoding does not use, and the best head is an earlier one.
 
     Args:
-        patience: validations in a row. min_drop: of the acceptance length below its best that counts as falling.
+        patience: number of consecutive validations with falling acceptance before the alert.
+        min_drop: how far the acceptance length must be below its best value to count as falling.
     """
 
     def __init__(self, patience: int = 2, min_drop: float = 0.01):
         if patience < 1 or min_drop < 0:
             raise ValueError(
-                f"callbacks.watch: patience={patience} must be at least 1, min_drop={min_drop} not negative."
+                f"callbacks.watch: patience={patience} must be at least 1, and min_drop={min_drop} must not be "
+                "negative."
             )
         self.patience, self.min_drop = patience, min_drop
         self.best, self.lowest_loss, self.count = float("-inf"), float("inf"), 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen so far."""
+        """Return the best values and the count so far."""
         return {"best": self.best, "lowest_loss": self.lowest_loss, "count": self.count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the best values and the count."""
         self.best, self.lowest_loss = state_dict["best"], state_dict["lowest_loss"]
         self.count = state_dict["count"]
 
@@ -42,13 +44,13 @@ class Watch(L.Callback):
             define_axes(trainer.loggers)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """The last known spending, in the same row as the validation's numbers."""
+        """Log the last training compute in the same row as the validation's metrics."""
         spent = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("compute/")}
         if spent and not trainer.sanity_checking:
             pl_module.log_dict(spent)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Compare with the best so far."""
+        """Compare with the best values so far."""
         acceptance = trainer.callback_metrics.get("val/acceptance_length")
         loss = trainer.callback_metrics.get("val/loss")
         if trainer.sanity_checking or acceptance is None or loss is None:
@@ -66,6 +68,6 @@ class Watch(L.Callback):
         self.lowest_loss = min(self.lowest_loss, float(loss))
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """A loss that is not finite ends the run (module.py); say so where somebody is told."""
+        """Send an alert if a loss that is not finite ended the run (module.py)."""
         if isinstance(exception, ValueError) and "not finite" in str(exception) and trainer.is_global_zero:
             alert(trainer.loggers, "The loss is not finite", str(exception))

@@ -1,1 +1,1 @@
-"""`hydra/launcher=subprocess`: every job of a multirun in a process of its own, with a ledger of what was run."""
+"""Hydra launcher plugin `hydra/launcher=subprocess`: each job of a multirun is a process, recorded in a ledger."""

@@ -1,51 +1,54 @@
-"""Before a command: no secret in its config. After a multirun: one line of JSON, and an exit code."""
+"""Hydra callbacks: refuse configs with secrets before a run; print a JSON line and exit code after a multirun."""
 
 from __future__ import annotations
 
-import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from hass_lightning.ledger import LAUNCH, Ledger
-from hass_lightning.redaction import find_secrets
+from hass_lightning.runs.quiet import Log
+from hass_lightning.runs.redaction import find_secrets
+from hass_lightning.runs.screen import print_error
+
+from ._ending import end_sweep
+from .optuna import adopt
 
 
 class NoSecrets(Callback):
-    """Refuses a config with a secret in it before Hydra writes that config to disk."""
+    """Refuses a config that contains a secret, before Hydra writes it to disk."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Raises SystemExit(1), naming the keys and never the values (Hydra would swallow any other exception)."""
+        """Raise SystemExit(1), naming the keys but not the values. Hydra would suppress any other exception."""
         if keys := list(find_secrets(OmegaConf.to_container(config, resolve=False))):
             sentence = (
-                f"{', '.join(keys)} holds a secret, and a config is written to disk and logged: set it in the "
-                "environment (HF_TOKEN, WANDB_API_KEY), where the libraries look for it by themselves."
+                f"{', '.join(keys)} contains a secret, and configs are written to disk and logged: set it in the "
+                "environment instead (HF_TOKEN, WANDB_API_KEY), where the libraries read it."
             )
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            print_error(sentence)
             raise SystemExit(1)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """The same before a sweep."""
+        """Check the config of a sweep."""
         self.on_run_start(config)
 
 
 class SweepResult(Callback):
-    """Prints the sweep's result. Optuna tolerates failed trials (`max_failure_rate`) and would exit with 0."""
+    """Prints the result of a sweep, and exits with 1 if a job failed (Optuna would exit with 0)."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Refuse a launcher that keeps no ledger; set what Optuna maximizes, and over which ranges (optuna.py)."""
+        if "submitit" in str(config.hydra.launcher.get("_target_")):
+            sentence = "hydra/launcher=submitit_slurm keeps no ledger of the cells: use hydra/launcher=slurm."
+            print_error(sentence)
+            raise SystemExit(1)
+        adopt(config)
+        if isinstance(sys.stdout, Log) and not any(OmegaConf.select(config, key) for key in ("plan", "status")):
+            sys.stdout.attach(Path(str(config.hydra.sweep.dir)) / "log.txt")
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Raises SystemExit(1) if a job of this launch failed."""
-        ledger = Ledger(str(config.hydra.sweep.dir))
-        latest = ledger.latest()
-        touched = {entry.cell for entry in ledger.entries() if entry.launch == LAUNCH}
-        if not latest:
-            return  # another launcher
-        failed = sum(latest[cell].status == "failed" for cell in touched)
-        completed = sum(entry.status == "completed" for entry in latest.values())
-        print(
-            json.dumps({"sweep_dir": str(ledger.folder.absolute()), "num_completed": completed, "num_failed": failed}),
-            flush=True,
-        )
-        if failed:
+        """Print the JSON line. Raise SystemExit(1) if a job of this launch failed."""
+        if end_sweep(Path(str(config.hydra.sweep.dir))):
             raise SystemExit(1)

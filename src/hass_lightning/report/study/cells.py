@@ -1,4 +1,4 @@
-"""Runs to cells: a cell is all runs that differ in nothing but their seed; factors are what tells cells apart."""
+"""Grouping of runs into cells and factors. Runs of a cell differ only in their seed; factors distinguish the cells."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from dataclasses import dataclass, field, replace
 from itertools import product, takewhile
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
-from hass_lightning.report.study.runs import ABSENT, NO_SETTING, StudyRun, differing, flatten
+from hass_lightning.report.provenance_text import flatten
+from hass_lightning.report.study.runs import ABSENT, NO_SETTING, StudyRun, differing
+from hass_lightning.runs.names import short_keys
 
-Factors = dict[str, list[Any]]  # name to the level of each cell
+Factors = dict[str, list[Any]]  # the level of each cell by factor name
 
 
 @dataclass
 class StudyCell:
-    """The runs of one cell, its level of each factor, and the settings that they share."""
+    """The runs of one cell, its level of each factor, and their common settings."""
 
     label: str
     levels: dict[str, Any]
@@ -26,13 +28,13 @@ class StudyCell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its runs were made from."""
+        """The settings of its runs."""
         return self.runs[0].settings
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A full crossing of two or more factors: `cells` are positions in the study, `levels` have the reference first."""
+    """A full crossing of two or more factors: `cells` are indices into the study, `levels` start with the reference."""
 
     cells: tuple[int, ...]
     levels: dict[str, list[Any]]
@@ -40,8 +42,8 @@ class Grid:
 
 
 def make_cells(runs: Sequence[StudyRun]) -> list[StudyCell]:
-    """Group runs by what they were made from, in the order of their first runs."""
-    groups: dict[tuple, list[StudyRun]] = {}
+    """Group runs by their settings, in the order of their first runs."""
+    groups: dict[tuple[Any, ...], list[StudyRun]] = {}
     for run in runs:
         groups.setdefault(_settings_key(run), []).append(run)
     grouped = list(groups.values())
@@ -56,11 +58,11 @@ def make_cells(runs: Sequence[StudyRun]) -> list[StudyCell]:
 
 
 def without_repeats(runs: Sequence[StudyRun]) -> tuple[list[StudyRun], list[tuple[str, str]]]:
-    """The first run of each (settings, seed), and the others with the reason why they are left out.
+    """Return the first run of each (settings, seed), and the others with the reason for leaving them out.
 
-    A repeated run is no new draw: counted twice, it would shrink intervals and p-values.
+    A repeated run is not a new sample: counted twice, it would reduce intervals and p-values.
     """
-    first: dict[tuple, StudyRun] = {}
+    first: dict[tuple[Any, ...], StudyRun] = {}
     repeats = []
     for run in runs:
         key = (*_settings_key(run), run.seed)
@@ -71,60 +73,60 @@ def without_repeats(runs: Sequence[StudyRun]) -> tuple[list[StudyRun], list[tupl
     return list(first.values()), repeats
 
 
-def _settings_key(run: StudyRun) -> tuple:
+def _settings_key(run: StudyRun) -> tuple[Any, ...]:
     return tuple(sorted((name, str(value)) for name, value in run.settings.items())) or (str(run.folder.resolve()),)
 
 
 def show(level: Any) -> str:
-    """A level as its label has it."""
+    """Return a level as shown in labels."""
     if isinstance(level, tuple):
         return f"[{','.join(show(each) for each in level)}]"
     return f"{level:g}" if isinstance(level, float) else str(level)
 
 
 def find_factors(runs: Sequence[StudyRun]) -> Factors:
-    """What tells these runs apart, as few factors as it takes, by their shortest names.
+    """Return the fewest factors that distinguish these runs, by their shortest names.
 
-    Keys that change together are one factor. Two or more config keys that cross fully win (`experiment=eagle,had,…` is
-    seen as loss × depth); else the words of the command lines, where they say it all; else the config keys.
+    Keys that change together are one factor. Two or more config keys that are fully crossed take precedence
+    (`experiment=eagle,had,…` becomes loss × depth), then the overrides of the command lines if they distinguish all
+    runs, then the config keys.
     """
-    words = _together(differing([_words(run.overrides) for run in runs]))
-    keys = _together(differing([run.settings for run in runs]))
+    words = _by_partition(differing([_typed_overrides(run.overrides) for run in runs]))
+    keys = _by_partition(differing([run.settings for run in runs]))
     for part, names in list(keys.items()):
-        if part in words:  # where a command line is silent, the config says it
+        if part in words:  # the config has the value if a command line does not
             said_of = words[part].items()
             keys[part] = words[part] = {key: names.get(key, v) if ABSENT in v else v for key, v in said_of}
         elif len(names) > 1:
-            keys[part] = {_common(list(names)): _presence(next(iter(names.values())))}
-    said = [part for part in words if part in keys]  # in the order of the command line, the others behind
-    by_key = _named({part: keys[part] for part in [*said, *(part for part in keys if part not in said)]})
-    by_word = _named(words)
-    if len(by_key) >= 2 and len(runs) == _crossed(by_key):
-        return _short(by_key)
+            keys[part] = {_common_node(list(names)): _presence(next(iter(names.values())))}
+    said = [part for part in words if part in keys]  # in the order of the command line, others last
+    by_key = _shortest_names({part: keys[part] for part in [*said, *(part for part in keys if part not in said)]})
+    by_word = _shortest_names(words)
+    if len(by_key) >= 2 and len(runs) == _num_combinations(by_key):
+        return _short_names(by_key)
     told = len(set(zip(*by_word.values(), strict=True))) if by_word else 0
-    return _short(by_word if told == len(runs) else by_key)
+    return _short_names(by_word if told == len(runs) else by_key)
 
 
-def _words(overrides: Mapping[str, str]) -> dict[str, Any]:
-    """Overrides that can decide a result, typed; `term={k:1,weight:2}` is `term.k=1` and `term.weight=2`."""
+def _typed_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
+    """Return the overrides that can affect a result as typed values.
+
+    `term={k:1,weight:2}` becomes `term.k=1` and `term.weight=2`.
+    """
     found: dict[str, Any] = {}
     for key, value in overrides.items():
-        if key == "seed" or key.split(".")[0] in NO_SETTING:
-            continue
-        parsed = _parsed(value)
-        if isinstance(parsed, dict):
-            found |= flatten(parsed, f"{key}.")
-        else:
-            found[key] = parsed
+        if key != "seed" and key.split(".")[0] not in NO_SETTING:
+            parsed = _parsed(value)
+            found |= flatten(parsed, f"{key}.") if isinstance(parsed, dict) else {key: parsed}
     return found
 
 
 def _parsed(value: str) -> Any:
-    """`3` as a number, `[1,2]` as a tuple, `{k:1}` as a dict, else as it is written (a schedule `{0:1}`, too)."""
+    """Parse `3` as a number, `[1,2]` as a tuple, `{k:1}` as a dict; other text is unchanged (such as `{0:1}`)."""
     try:
-        # Hydra needs no space behind a colon, YAML does
+        # YAML needs a space after a colon, Hydra does not
         found = yaml.safe_load(re.sub(r"([{,]\s*[\w.]+):(?=\S)", r"\1: ", value))
-        if isinstance(found, str) and math.isfinite(number := float(found)):  # 1e-3 is a string to YAML 1.1
+        if isinstance(found, str) and math.isfinite(number := float(found)):  # 1e-3 is a string in YAML 1.1
             return number
     except (yaml.YAMLError, ValueError):
         return value
@@ -136,63 +138,53 @@ def _parsed(value: str) -> Any:
 
 
 def partition(values: Sequence[Any]) -> tuple[int, ...]:
-    """Which cells share a value, whatever the values are."""
+    """Return which cells share a value, whatever the values are."""
     seen: dict[str, int] = {}
     return tuple(seen.setdefault(repr(value), len(seen)) for value in values)
 
 
-def _together(keys: Mapping[str, list[Any]]) -> dict[tuple, Factors]:
-    """Keys by the partition of the cells that they make."""
-    groups: dict[tuple, Factors] = {}
+def _by_partition(keys: Mapping[str, list[Any]]) -> dict[tuple[Any, ...], Factors]:
+    """Group keys by the partition of the cells that they induce."""
+    groups: dict[tuple[Any, ...], Factors] = {}
     for key, values in keys.items():
         groups.setdefault(partition(values), {})[key] = values
     return groups
 
 
-def _common(names: Sequence[str]) -> str:
-    """The node that holds all these keys, or the shortest of them."""
+def _common_node(names: Sequence[str]) -> str:
+    """Return the node that contains all these keys, or the shortest of them."""
     parts = [name.split(".") for name in names]
     shared = takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
     return ".".join(column[0] for column in shared) or min(names, key=len)
 
 
 def _presence(values: list[Any]) -> list[Any]:
-    """A node that some cells have and others lack: with and without."""
+    """Replace the values of a node that only some cells have by "with" and "without"."""
     if ABSENT in values and len(set(map(repr, values))) == 2:
         return ["without" if value == ABSENT else "with" for value in values]
     return values
 
 
-def _named(groups: Mapping[tuple, Factors]) -> Factors:
+def _shortest_names(groups: Mapping[tuple[Any, ...], Factors]) -> Factors:
     return {min(keys, key=len): keys[min(keys, key=len)] for keys in groups.values()}
 
 
-def _crossed(factors: Factors) -> int:
-    count = 1
-    for values in factors.values():
-        count *= len(set(map(repr, values)))
-    return count
+def _num_combinations(factors: Factors) -> int:
+    return math.prod(len(set(map(repr, values))) for values in factors.values())
 
 
-def _short(factors: Factors) -> Factors:
-    """Names cut to the fewest last parts that tell them apart: `model.alignment.depth` becomes `depth`."""
-    parts = {name: name.replace("/", ".").split(".") for name in factors}
-    result: Factors = {}
-    for name, values in factors.items():
-        for length in range(1, len(parts[name]) + 1):
-            short = parts[name][-length:]
-            if sum(other[-length:] == short for other in parts.values()) == 1:
-                break
-        result[".".join(short)] = values
-    return result
+def _short_names(factors: Factors) -> Factors:
+    """Return the factors under their short names: `model.alignment.depth` becomes `depth`."""
+    names = short_keys(factors)
+    return {names[key]: values for key, values in factors.items()}
 
 
 def find_grid(cells: Sequence[StudyCell], baseline: int) -> Grid | None:
-    """The fully crossed part of the cells, the baseline's levels first; None with fewer than two factors in it.
+    """Return the fully crossed part of the cells, the baseline's levels first; None with fewer than two factors in it.
 
-    Where combinations are missing, the levels that miss the most of them are left out, one after the other, the
-    baseline's own last. A baseline that lacks a factor (a study's cell without a loss term) is outside of the crossing,
-    and the first cell that has all of them is the reference.
+    If combinations are missing, the levels that miss the most of them are left out one by one, the baseline's own last.
+    A baseline that lacks a factor (a cell without a loss term) is not part of the crossing, and the first cell that has
+    all factors is the reference.
     """
     grid = _crossing(cells, list(range(len(cells))), baseline)
     inside = [number for number, cell in enumerate(cells) if ABSENT not in cell.levels.values()]
@@ -227,7 +219,7 @@ def _crossing(cells: Sequence[StudyCell], used: Sequence[int], baseline: int) ->
 
 
 def _ordered(values: Sequence[Any], first: Any) -> list[Any]:
-    """Distinct levels, `first` first, numbers in their order."""
+    """Return distinct levels: `first`, then the others, numbers in increasing order."""
     found = list({repr(value): value for value in values}.values())
     if all(isinstance(value, int | float) for value in found):
         found.sort()
@@ -235,10 +227,14 @@ def _ordered(values: Sequence[Any], first: Any) -> list[Any]:
 
 
 def find_baseline(cells: Sequence[StudyCell], wanted: str | None) -> int:
-    """The cell that all others are compared with: a label, a run folder's name, or `factor=level,…`; else the first.
+    """Return the cell that the others are compared with: the first, or the one that `wanted` selects.
+
+    Args:
+        cells: the cells of the study.
+        wanted: a label, a run folder's name, `factor=level,…`, or None.
 
     Raises:
-        ValueError: none or several fit.
+        ValueError: if no cell or several cells match.
     """
     if not wanted:
         return 0
@@ -253,5 +249,5 @@ def find_baseline(cells: Sequence[StudyCell], wanted: str | None) -> int:
     ]
     if len(fitting) != 1:
         known = "; ".join(cell.label for cell in cells)
-        raise ValueError(f"baseline={wanted} fits {len(fitting)} cells and must fit one of: {known}.")
+        raise ValueError(f"baseline={wanted} matches {len(fitting)} cells but must match one of: {known}.")
     return fitting[0]

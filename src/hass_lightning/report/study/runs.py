@@ -1,35 +1,42 @@
-"""The runs of a study, read from a sweep folder (its ledger) or from run folders: no network, no model."""
+"""The runs of a study, read from a sweep folder (its ledger) or from run folders, without network or model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
-from hass_lightning.ledger import Ledger
-from hass_lightning.measure.trace import BASELINE, Record, read_records
+from hass_lightning.measure.record import BASELINE, Record, read_records
 from hass_lightning.report.curves import Curve, read_curves
-from hass_lightning.report.provenance_text import read_json
+from hass_lightning.report.provenance_text import flatten
+from hass_lightning.runs.files import read_json
+from hass_lightning.runs.ledger import Ledger
+from hass_lightning.runs.old_names import new_name
 
 ABSENT = "(absent)"  # the value of a key that a config does not have
-# What names, places, watches or steers a run without deciding its result.
+# Keys that name, locate, log or control a run without affecting its result.
 NO_SETTING = (
     "paths", "hydra", "logger", "name", "study", "hparams_search", "fresh", "job", "ckpt_path", "debug",
-    "callbacks.progress",
+    "callbacks.progress", "status", "trainer.rendezvous_timeout",
 )  # fmt: skip
+
+
+def decides_nothing(key: str) -> bool:
+    """Return whether a config key does not affect the result of a run."""
+    return f"{key}.".startswith(tuple(f"{name}." for name in NO_SETTING))
 
 
 @dataclass(eq=False)
 class StudyRun:
-    """One run: what it was made from and what came of it.
+    """One run: its settings and its results.
 
-    `settings` are the keys of its config that can decide the result, flat, with the values that they had on its machine
-    (`hass.by_machine`) where the run noted them, `seed` apart; `overrides` the words of its command line, by key.
+    `settings` are the config keys that can affect the result, flattened and without `seed`. Values that depend on the
+    machine (`hass.by_machine`) are those of its machine, if the run recorded them. `overrides` are the overrides of its
+    command line, by key.
     """
 
     folder: Path
@@ -53,12 +60,12 @@ class StudyRun:
         return read_curves(self.folder)
 
     def last(self, name: str) -> float | None:
-        """The last logged value of a curve."""
+        """Return the last logged value of a curve."""
         curve = self.curves.get(name)
         return curve[-1][1] if curve else None
 
     def at_best(self, name: str) -> float | None:
-        """The value at the validation that chose the head, the one of the greatest acceptance length; else the last."""
+        """Return the value at the validation that selected the head (largest acceptance length), or the last value."""
         chosen = max(self.curves.get("val/acceptance_length", []), key=lambda point: point[1], default=None)
         values = dict(self.curves.get(name, []))
         return values[chosen[0]] if chosen and chosen[0] in values else self.last(name)
@@ -67,21 +74,22 @@ class StudyRun:
 def load_runs(
     paths: str | Path | Sequence[str | Path], records: str | Path | Sequence[str | Path] = ()
 ) -> list[StudyRun]:
-    """The runs of a sweep folder, of several, or of single run folders.
+    """Return the runs of a sweep folder, of several sweep folders, or of single run folders.
 
     Args:
-        paths: one folder or a list. records: folders (or files) of `hass-benchmark` that measured these heads together;
-            its labels are the names of the run folders. What they hold takes the place of the runs' own records; runs
-            that they do not hold are left out, for their own records are of other questions.
+        paths: one folder or a list.
+        records: folders (or files) of a `hass-benchmark` run that measured these heads together, labeled by the names
+            of their run folders. Its records replace the runs' own. Runs without a record in it are left out, because
+            their own records have other questions.
 
     Raises:
-        ValueError: a folder that is neither a sweep nor a run, or records that fit no run.
+        ValueError: a folder that is neither a sweep nor a run, or records that match no run.
     """
     runs: list[StudyRun] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         runs += _load(Path(path))
     if not runs:
-        raise ValueError("runs is empty: give a sweep folder (runs/sweeps/<name>) or a list of run folders.")
+        raise ValueError("runs is empty: set it to a sweep folder (runs/sweeps/<name>) or a list of run folders.")
     benchmarks = [Path(path) for path in ([records] if isinstance(records, str | Path) else records)]
     measured = [run for path in benchmarks for run in _take_records(runs, path)]
     if benchmarks:
@@ -114,23 +122,23 @@ def _load(path: Path) -> list[StudyRun]:
 
 
 def read_run(folder: Path, overrides: Sequence[str] | None = None) -> StudyRun:
-    """One run folder; whatever is missing or damaged is left empty."""
+    """Read one run folder; anything missing or damaged is left empty."""
     config = _yaml(folder / ".hydra" / "config.yaml")
     if overrides is None:
         written = _yaml(folder / ".hydra" / "overrides.yaml")
         overrides = [str(each) for each in written] if isinstance(written, list) else []
     flat = flatten(config) if isinstance(config, dict) else {}
     noted = flatten(read_json(folder / "resume_config.json"))
-    # not every interpolation: `${seed}` would make a cell of each seed
+    # not every interpolation: `${seed}` would give each seed a cell of its own
     resolved = {key: noted[key] for key, value in flat.items() if "${hass.by_machine" in str(value) and key in noted}
-    settings = {key: value for key, value in (flat | resolved).items() if not _is_part_of(key, NO_SETTING)}
+    settings = {key: new_name(value) for key, value in (flat | resolved).items() if not decides_nothing(key)}
     seed = settings.pop("seed", 0)
     records_file = folder / "records.jsonl"
     metrics = read_json(folder / "metrics.json")
     return StudyRun(
         folder,
         settings,
-        dict(_split(override) for override in overrides),
+        {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in overrides)},
         seed if isinstance(seed, int) else 0,
         metrics,
         read_json(folder / "provenance.json"),
@@ -146,31 +154,8 @@ def _yaml(path: Path) -> Any:
         return {}
 
 
-def _split(override: str) -> tuple[str, str]:
-    key, _, value = override.partition("=")
-    return key.lstrip("+~"), value
-
-
-def _is_part_of(key: str, prefixes: Sequence[str]) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; lists become tuples, so that every value can be compared and hashed."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            found |= flatten(value, f"{name}.")
-        elif isinstance(value, list):
-            found[name] = tuple(json.dumps(each) if isinstance(each, dict | list) else each for each in value)
-        else:
-            found[name] = value
-    return found
-
-
 def _take_records(runs: list[StudyRun], path: Path) -> list[StudyRun]:
-    """Give each run the records of its head and the baseline's; the runs that got some."""
+    """Set each run's records to those of its head and of the baseline, and return the runs that have any."""
     records = read_records(path / "records.jsonl" if path.is_dir() else path)
     shared = [record for record in records if record.decoder == BASELINE or not record.draft]
     taken = []
@@ -183,13 +168,13 @@ def _take_records(runs: list[StudyRun], path: Path) -> list[StudyRun]:
     if not taken:
         labels = sorted({record.draft for record in records if record.draft})
         raise ValueError(
-            f"records: {path} measured {', '.join(labels) or 'no head'}, and none of these is a run folder of runs."
+            f"records: {path} measured {', '.join(labels) or 'no head'}, but none of these is a run folder of runs."
         )
     return taken
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Keys whose values are not all the same, with the value in each mapping."""
+    """Return the keys whose values are not all equal, with the value in each mapping."""
     keys = dict.fromkeys(key for each in settings for key in each)
     columns = {key: [each.get(key, ABSENT) for each in settings] for key in keys}
     return {key: values for key, values in columns.items() if any(value != values[0] for value in values)}

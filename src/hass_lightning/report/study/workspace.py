@@ -1,4 +1,4 @@
-"""The W&B dashboard of a study as code: one description, saved online with wandb-workspaces, or written to a file."""
+"""The W&B dashboard of a study as code, saved online with wandb-workspaces or written to a file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hass_lightning.report.study.analysis import Study
 from hass_lightning.report.study.cells import partition
 from hass_lightning.report.study.claims import claims_of
 from hass_lightning.report.study.runs import differing
-from hass_lightning.target.source import server_answers
-from hass_lightning.wandb_key import has_wandb_key, wandb_server
+from hass_lightning.runs.wandb_key import has_wandb_key, wandb_server
+from hass_lightning.target_model.hub import server_answers
 
 log = logging.getLogger(__name__)
 SPEC_FILE = "wandb_workspace.json"
@@ -27,10 +27,10 @@ AXES = {
 
 
 def workspace_spec(study: Study, name: str, project: str, entity: str | None = None) -> dict[str, Any]:
-    """Sections and panels that show the ablation at a glance, as plain data: `kind` is a class of wandb_workspaces.
+    """Return sections and panels that show the ablation as plain data; `kind` is a class of wandb_workspaces.
 
-    Acceptance and loss over every axis of compute, accept rates by depth, final bars a cell; the runs of the sweep's
-    group alone, grouped by what tells its cells apart.
+    They show acceptance and loss over every axis of compute, acceptance rates by depth, and final values per cell, for
+    the runs of the sweep's group, grouped by what distinguishes its cells.
     """
     deepest = max((len(row.rates) for row in study.rows), default=0)
     steps = max((len(row.accuracies) for row in study.rows), default=0)
@@ -41,27 +41,19 @@ def workspace_spec(study: Study, name: str, project: str, entity: str | None = N
     def bars(*metrics: str) -> dict[str, Any]:
         return {"kind": "BarPlot", "metrics": list(metrics)}
 
+    def section(title: str, *panels: dict[str, Any]) -> dict[str, Any]:
+        return {"name": title, "panels": list(panels)}
+
+    step, tau, loss = AXES["step"], "val/acceptance_length", "val/loss"
     sections = [
-        {
-            "name": "At a glance",
-            "panels": [
-                bars("final/acceptance_length"),
-                bars("final/speedup"),
-                lines(AXES["step"], "val/acceptance_length"),
-            ],
-        },
-        *(
-            {"name": f"By {title}", "panels": [lines(axis, "val/acceptance_length"), lines(axis, "val/loss")]}
-            for title, axis in AXES.items()
+        section("At a glance", bars("final/acceptance_length"), bars("final/speedup"), lines(step, tau)),
+        *(section(f"By {title}", lines(axis, tau), lines(axis, loss)) for title, axis in AXES.items()),
+        section(
+            "By depth",
+            *(bars(f"decode/accept_rate/depth{depth}") for depth in range(1, deepest + 1)),
+            *(lines(step, f"val/accuracy/step{number}") for number in range(1, steps + 1)),
         ),
-        {
-            "name": "By depth",
-            "panels": [
-                *(bars(f"decode/accept_rate/depth{depth}") for depth in range(1, deepest + 1)),
-                *(lines(AXES["step"], f"val/accuracy/step{step}") for step in range(1, steps + 1)),
-            ],
-        },
-        {"name": "Loss", "panels": [lines(AXES["step"], "train/loss"), lines(AXES["step"], "val/loss")]},
+        section("Loss", lines(step, "train/loss"), lines(step, loss)),
     ]
     return {
         "name": f"Study {name}",
@@ -75,7 +67,7 @@ def workspace_spec(study: Study, name: str, project: str, entity: str | None = N
 
 
 def _keys(study: Study) -> list[str]:
-    """A config key for each factor: of those that differ the one of its name, else one that tells the same apart."""
+    """Return a config key for each factor: one with its name if that differs, otherwise one with the same partition."""
     differ = differing([cell.settings for cell in study.cells])
     keys = []
     for factor in study.cells[0].levels:
@@ -86,19 +78,19 @@ def _keys(study: Study) -> list[str]:
 
 
 def save_workspace(spec: dict[str, Any], folder: Path) -> str:
-    """Save the workspace and a W&B report with the claims; else write the description and say what is missing.
+    """Save the workspace and a W&B report with the claims; if that is not possible, write the description to a file.
 
     Returns:
-        the address of the workspace, or the path of the file.
+        the URL of the workspace, or the path of the file.
     """
     path = folder / SPEC_FILE
     path.write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
     missing = _missing()
     if not missing:
         spec = spec | {"entity": spec["entity"] or _default_entity()}
-        missing = "" if spec["entity"] else "name the owner of the project: wandb_entity=<you or your team>"
+        missing = "" if spec["entity"] else "set the owner of the project: wandb_entity=<you or your team>"
     if missing:
-        log.warning("the W&B workspace is described in %s and not saved: %s", path, missing)
+        log.warning("the W&B workspace is described in %s but not saved: %s", path, missing)
         return str(path)
     workspace = build_workspace(spec)
     workspace.save()
@@ -107,7 +99,7 @@ def save_workspace(spec: dict[str, Any], folder: Path) -> str:
 
 
 def _missing() -> str:
-    """What keeps the workspace from being saved, with its cure; empty if nothing does."""
+    """Return what prevents saving the workspace and how to fix it; empty if nothing does."""
     try:
         importlib.import_module("wandb_workspaces.workspaces")
     except ImportError:
@@ -121,14 +113,14 @@ def _missing() -> str:
 
 
 def _default_entity() -> str | None:
-    """The owner of new projects of whoever is logged in; None where the server does not say."""
+    """Return the default entity of the user's W&B account; None if the server does not return one."""
     import wandb
     from wandb.errors import Error
 
     try:
         return wandb.Api().default_entity
     except Error as error:
-        log.warning("W&B names no default entity: %s", error)
+        log.warning("W&B returned no default entity: %s", error)
         return None
 
 
@@ -140,7 +132,7 @@ def _panels(module: Any, section: dict[str, Any]) -> list[Any]:
 
 
 def build_workspace(spec: dict[str, Any]) -> Any:
-    """The description as a `wandb_workspaces.workspaces.Workspace`, not yet saved."""
+    """Return the description as a `wandb_workspaces.workspaces.Workspace`, not yet saved."""
     reports: Any = importlib.import_module("wandb_workspaces.reports.v2")
     workspaces: Any = importlib.import_module("wandb_workspaces.workspaces")
     expressions: Any = importlib.import_module("wandb_workspaces.expr")
@@ -160,7 +152,7 @@ def build_workspace(spec: dict[str, Any]) -> Any:
 
 
 def build_report(spec: dict[str, Any]) -> Any:
-    """The claims and the first panels as a W&B report, not yet saved."""
+    """Return the claims and the first panels as a W&B report, not yet saved."""
     reports: Any = importlib.import_module("wandb_workspaces.reports.v2")
     group = f"Metric('Group') == '{spec['group']}'"
     runset = reports.Runset(entity=spec["entity"], project=spec["project"], filters=group)
