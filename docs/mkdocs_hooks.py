@@ -17,7 +17,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages and pictures that lie outside docs/, under the addresses that links between them use."""
     for folder in ("experiments", "benchmarks"):
         for path in sorted((ROOT / folder).iterdir()):
-            if path.suffix in (".md", ".png"):
+            if path.suffix in (".md", ".png", ".html"):
                 files.append(File.generated(config, f"{folder}/{path.name}", abs_src_path=str(path)))
     return files
 
