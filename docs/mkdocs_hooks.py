@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the pages of experiments/ and benchmarks/ join the site, and docs/config.md shows the files of conf/."""
+"""Hooks of mkdocs: experiments/ and benchmarks/ join the site, and docs/config.md shows the files of conf/."""
 
 from __future__ import annotations
 
