@@ -9,6 +9,7 @@ Shapes: B batch, T positions, D hidden (see the legend in types.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -39,6 +40,9 @@ class Alignment:
             the target's features, as in the official HASS code; `drop` leaves them out of the loss, as EAGLE-3 does.
         alive: leave a row out of the loss of step j once its token was not among the draft's `alive` most probable ones
             in an earlier step (GRIFFIN, arXiv 2502.11018, with 3). None: never.
+        inputs: the tokens that step j reads. `given` reads those of the text; `own_tokens` reads those that the head
+            predicted in the steps before, with the target's features for them as labels (training/own_tokens.py).
+        own_share: share of the optimizer steps with `own_tokens`; the others read the text.
 
     Raises:
         ValueError: if a value is not one of these, or `step_weights` does not match `depth`.
@@ -51,6 +55,8 @@ class Alignment:
     checkpoint: bool = False
     edge: Literal["keep", "drop"] = "keep"
     alive: int | None = None
+    inputs: Literal["given", "own_tokens"] = "given"
+    own_share: float = 0.5
 
     def __post_init__(self) -> None:
         greatest = max(int(value) for value in self.depths.values)
@@ -62,6 +68,15 @@ class Alignment:
             raise ValueError(f"model.alignment.edge={self.edge} is neither keep nor drop.")
         if self.alive is not None and (not isinstance(self.alive, int) or self.alive < 1):
             raise ValueError(f"model.alignment.alive={self.alive} must be a whole number from 1, or null.")
+        if self.inputs not in ("given", "own_tokens"):
+            raise ValueError(f"model.alignment.inputs={self.inputs} is neither given nor own_tokens.")
+        if not 0 < self.own_share <= 1:
+            raise ValueError(f"model.alignment.own_share={self.own_share} must lie in (0, 1].")
+        if self.inputs == "own_tokens" and (self.alive is not None or self.edge == "drop"):
+            raise ValueError(
+                "model.alignment.inputs=own_tokens replaces the text's tokens, on which alive and edge=drop depend: "
+                "set model.alignment.alive=null and model.alignment.edge=keep."
+            )
         if isinstance(self.step_weights, int | float):
             if self.step_weights <= 0:
                 raise ValueError(f"model.alignment.step_weights={self.step_weights}: β must be above 0.")
@@ -87,6 +102,11 @@ class Alignment:
         depth = int(self.depths.at(progress))
         weights = self.step_weights and self.step_weights[:depth]  # type: ignore[index]
         return replace(self, depth=depth, step_weights=weights)
+
+    def reads_own_tokens(self, step: int) -> bool:
+        """Whether optimizer step `step` (from 0) reads the head's own tokens; such steps are evenly spaced."""
+        number = math.floor((step + 1) * self.own_share + 1e-9) - math.floor(step * self.own_share + 1e-9)
+        return self.inputs == "own_tokens" and number > 0
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -124,6 +144,7 @@ def unroll(
     alignment: Alignment,
     rows: Tensor | None = None,
     watch: Callable[[Tensor, Sequence[Band]], object] | None = None,
+    next_embeddings: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Run the alignment steps in order and yield the head's predicted features f^1 … f^J.
 
@@ -139,6 +160,8 @@ def unroll(
         rows: bool [B, T], positions whose predictions are needed (None: all). Prompts and padding then skip most of the
             layer; values yielded for other positions are undefined.
         watch: called in each step with the queries [B, H, T, d] and the bands of its attention.
+        next_embeddings: returns the embeddings [B, T, D] that the next step reads, given the features that this step
+            predicted. None: `embeddings` in every step.
 
     Yields:
         [B, T, D], feature t+1 as predicted at draft depth j.
@@ -161,5 +184,7 @@ def unroll(
             estimate = _step(draft, u, residual, rotary, bands, alignment, rows)
         yield estimate
         if step + 1 < alignment.depth:
+            if next_embeddings is not None:
+                embeddings = next_embeddings(estimate.detach())
             own = torch.cat([features[:, :1].to(estimate.dtype), estimate[:, :-1]], dim=1)
             u, residual = draft.inputs(embeddings, own if alignment.gradient == "bptt" else own.detach())

@@ -117,6 +117,7 @@ class LossPass:
         draft_logits: the draft's logits [rows, Vd] of its features [rows, D]. Default: those of `vocabulary`.
         trained: the parameters that `draft_logits` trains.
         counted: the positions that count in each step. Default: all.
+        first_step: number of the first of the steps.
     """
 
     def __init__(
@@ -132,11 +133,12 @@ class LossPass:
         draft_logits: Callable[[Tensor], Tensor] | None = None,
         trained: Sequence[nn.Parameter] = (),
         counted: CountedRows | None = None,
+        first_step: int = 1,
     ):
         self.loss, self.step_features, self.target_features = loss, step_features, target_features
         self.vocabulary, self.wanted, self.normalizer, self.counted = vocabulary, wanted, normalizer, counted
         self.target_logits = partial(vocabulary.logits, decoding=False)
-        self.draft_logits = draft_logits or self.target_logits
+        self.draft_logits, self.first_step = draft_logits or self.target_logits, first_step
         self.weights = step_weights or (1.0,) * len(step_features)
         self.active = {name: term for name, term in loss.terms.items() if term.weight > 0}  # type: ignore[operator]
         self.num_rows, self.device = target_features.shape[0], target_features.device
@@ -149,7 +151,7 @@ class LossPass:
         self.values = {
             f"{name}/step{step}": torch.zeros((), device=self.device, dtype=self.wide)
             for name in self.active
-            for step in range(1, len(step_features) + 1)
+            for step in range(first_step, first_step + len(step_features))
         }
         self.hits = torch.zeros(len(step_features), self.num_rows, dtype=torch.bool, device=self.device)
         self.chunk_rows = loss.chunk_rows or max(1, CHUNK_BYTES[self.device.type != "cpu"] // (4 * len(vocabulary)))
@@ -190,13 +192,13 @@ class LossPass:
                 if compiled
                 else EagerPasses(logits, target, scratch)
             )
-            seen = Chunk(leaf.to(wide), own_logits, target, number + 1, passes, self.with_gradient)
+            seen = Chunk(leaf.to(wide), own_logits, target, number + self.first_step, passes, self.with_gradient)
             left_out = None if self.counted is None else ~self.counted.at(number, rows)
             chunk_loss = torch.zeros((), device=device, dtype=wide)
             for name, term in self.active.items():
                 value = term(seen)
                 value = (value if left_out is None else value.masked_fill(left_out, 0)).sum()
-                self.values[f"{name}/step{number + 1}"] += value.detach()
+                self.values[f"{name}/step{number + self.first_step}"] += value.detach()
                 chunk_loss = chunk_loss + term.weight * value
             chunk_loss = chunk_loss * self.weights[number]
             to_features, to_logits = seen.gradients(chunk_loss) if chunk_loss.requires_grad else (None, None)

@@ -35,7 +35,8 @@ class HeadsModule(L.LightningModule):
         modules: a module per head, by name, with the same target and draft vocabulary.
 
     Raises:
-        ValueError: there is no module, or they differ in target, draft vocabulary or class of the optimizer.
+        ValueError: there is no module, they differ in target, draft vocabulary or class of the optimizer, or one reads
+            its own tokens, for which the others have no labels.
     """
 
     def __init__(self, modules: Mapping[str, HassModule]):
@@ -49,6 +50,8 @@ class HeadsModule(L.LightningModule):
         for name, module in modules.items():
             if module.head is not first.head or not _equal(module.token_ids, first.token_ids):
                 raise ValueError(f"heads.{name} has another target or model.draft.vocab_size than {self.names[0]}.")
+            if module.planned_alignment.inputs == "own_tokens":
+                raise ValueError(f"heads.{name}.alignment.inputs=own_tokens needs a run of its own.")
             module.vocabulary = first.vocabulary  # one object: `compute_together` shares its logits
             # a direct child, to which Lightning passes the Trainer
             self.add_module(f"head_{name}", module)

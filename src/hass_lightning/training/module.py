@@ -7,7 +7,7 @@ types.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from hass_lightning.losses import CountedRows, DraftLoss, LossOutput, LossPass, 
 from hass_lightning.measure.simulate import simulated_hits
 from hass_lightning.target_model.draft_vocabulary import DraftVocabulary
 from hass_lightning.target_model.lm_head import TargetHead
+from hass_lightning.training.own_tokens import own_token_loss
 from hass_lightning.types import FeatureBatch
 
 
@@ -171,18 +172,25 @@ class HassModule(L.LightningModule):
         """Run the alignment steps, and return the loss to be computed by `compute_together`."""
         mask = prepared.mask
         steps = [f[mask] for f in unroll(self.draft, prepared.embeddings, prepared.inputs, self.alignment, mask)]
+        weights, counted = self.alignment.weights, self._counted(prepared.batch, mask)
+        return self.loss_pass(steps, prepared.targets, prepared.wanted, normalizer, weights, counted=counted)
+
+    def loss_pass(
+        self,
+        steps: Sequence[Tensor],
+        targets: Tensor,
+        wanted: Tensor,
+        normalizer: Tensor | float,
+        weights: Sequence[float],
+        counted: CountedRows | None = None,
+        first_step: int = 1,
+    ) -> LossPass:
+        """Return the loss of predicted features [R, D] of some steps; see `LossPass`."""
         return LossPass(
-            self.loss,
-            steps,
-            prepared.targets,
-            self.vocabulary,
-            prepared.wanted,
-            normalizer,
-            self.alignment.weights,
+            self.loss, steps, targets, self.vocabulary, wanted, normalizer, weights,
             draft_logits=lambda rows: self.draft.logits(rows, self.vocabulary, decoding=False),
-            trained=self.draft.logit_parameters(),
-            counted=self._counted(prepared.batch, mask),
-        )
+            trained=self.draft.logit_parameters(), counted=counted, first_step=first_step,
+        )  # fmt: skip
 
     def aligned_loss(
         self, batch: FeatureBatch, noisy: Tensor | None = None, normalizer: Tensor | float | None = None
@@ -214,8 +222,12 @@ class HassModule(L.LightningModule):
 
     def training_step(self, batch: tuple[FeatureBatch, Tensor | None], batch_idx: int) -> Tensor:
         """Compute the loss as a mean over the loss positions of all processes and accumulated batches."""
-        prepared = self.prepare(*batch)
-        (output,) = compute_together([self.start_loss(prepared, self.normalizer())])
+        prepared, normalizer = self.prepare(*batch), self.normalizer()
+        if self.alignment.reads_own_tokens(self.trainer.global_step):
+            target = self.trainer.datamodule.target  # type: ignore[attr-defined]
+            output = own_token_loss(self, target, prepared, normalizer)
+        else:
+            (output,) = compute_together([self.start_loss(prepared, normalizer)])
         self.check_finite(output)
         self.example_tokens += len(prepared.wanted)
         self.log("train/loss", output.total.detach(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
