@@ -142,6 +142,20 @@ def test_command_trains_and_measures_each_head_as_its_own_run_does(call_command)
     assert json.loads(again.out.splitlines()[-1]) == result
 
 
+def test_an_eagle_head_reads_the_features_of_an_eagle3_head(call_command):
+    common = ["experiment=smoke", "logger=csv", "trainer.max_steps=4", "callbacks.decoding=null"]
+    eagle3 = "eagle3: {draft: eagle3, loss: eagle3, alignment: {depth: 2, gradient: bptt, edge: drop}}"
+    done = call_command("train", *common, f"+heads={{{eagle3}, eagle: {{loss: eagle}}}}", "name=together")
+    assert done.code == 0, done.err
+    result = json.loads(done.out.splitlines()[-1])
+    done = call_command("train", *common, "model/loss=eagle", "name=alone")
+    assert done.code == 0, done.err
+    one, other = load_draft(f"{result['run_dir']}/eagle"), load_draft(json.loads(done.out.splitlines()[-1])["run_dir"])
+    weights = one.draft.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in other.draft.state_dict().items())
+    assert load_draft(f"{result['run_dir']}/eagle3").draft.feature_layers
+
+
 @pytest.mark.parametrize(
     ("heads", "message"),
     [

@@ -101,9 +101,10 @@ def build_heads(config: DictConfig, data: FeatureDataModule) -> HeadsModule:
     for name, changes in config.heads.items():
         torch.set_rng_state(state)
         modules[str(name)] = build_module(config_of_head(config, str(name), changes), data)[0]
-    layers = {module.draft.feature_layers for module in modules.values()}
+    layers = {module.draft.feature_layers for module in modules.values()} - {()}  # all features end with the last state
     if len(layers) > 1:
         raise ValueError(f"heads read different layers of the target ({layers}): train these heads separately.")
+    data.read_layers(next(iter(layers), ()))
     return HeadsModule(modules)
 
 
