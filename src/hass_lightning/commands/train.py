@@ -37,7 +37,7 @@ from hass_lightning.runs.screen import place, stage, without_tables
 from hass_lightning.training.callbacks import DecodingBenchmark, KeepLastDraft
 from hass_lightning.training.fit import fit, measure, spent_so_far
 from hass_lightning.training.from_config import build_heads, build_module, make_loggers, make_trainer, trainer_settings
-from hass_lightning.training.heads import heads_callbacks
+from hass_lightning.training.heads import HeadsModule, heads_callbacks
 from hass_lightning.training.last_checkpoint import LastCheckpoint, find_last_checkpoint
 from hass_lightning.training.module import HassModule
 from hass_lightning.training.plan import plan_run
@@ -163,38 +163,27 @@ def train(
     loggers: list[Logger],
     run_dir: Path,
 ) -> dict[str, float]:
-    """Build module and Trainer and fit, unless this folder has a trained head; return the compute of all attempts."""
+    """Build module and Trainer and fit, unless this folder has the trained heads; return the compute of all attempts.
+
+    With `heads`, several are trained on one stream of batches; each is saved in the subfolder of its name.
+    """
     heads = heads_of(config)
     if (run_dir / "trained").exists() and all(holds_head(run_dir / head / "draft") for head in heads or [""]):
         return spent_so_far(run_dir)
     # build module and Trainer first: invalid values raise an error before the features are extracted
+    module: HassModule | HeadsModule
     if heads:
-        return train_heads(config, data, callbacks, benchmark, loggers, run_dir)
-    module, coverage = build_module(config, data)
-    check_monitors(callbacks, module)
-    if coverage is not None:
-        log.info("draft vocabulary: %d of %d tokens cover %.2f %% of the training answers",
-                 module.draft.vocab_size, data.target.head.vocab_size, 100 * coverage)  # fmt: skip
+        module = build_heads(config, data)
+        callbacks = heads_callbacks(callbacks, module.names, run_dir)
+    else:
+        module, coverage = build_module(config, data)
+        check_monitors(callbacks, module)
+        callbacks = callbacks | {"last_draft": KeepLastDraft(run_dir / "draft")}
+        if coverage is not None:
+            log.info("draft vocabulary: %d of %d tokens cover %.2f %% of the training answers",
+                     module.draft.vocab_size, data.target.head.vocab_size, 100 * coverage)  # fmt: skip
     given = prepare_checkpoints(config, callbacks, run_dir)
-    every = [*callbacks.values(), KeepLastDraft(run_dir / "draft")]
-    trainer = make_trainer(config, data, every, loggers, module)
-    rehearse(module, data, benchmark, run_dir)
-    return fit(module, trainer, data, run_dir, given, config.init_from)
-
-
-def train_heads(
-    config: DictConfig,
-    data: FeatureDataModule,
-    callbacks: dict[str, Callback],
-    benchmark: DecodingBenchmark | None,
-    loggers: list[Logger],
-    run_dir: Path,
-) -> dict[str, float]:
-    """Train several heads on one stream of batches; each is saved in the subfolder of its name."""
-    module = build_heads(config, data)
-    every = heads_callbacks(callbacks, module.names, run_dir)
-    given = prepare_checkpoints(config, every, run_dir)
-    trainer = make_trainer(config, data, list(every.values()), loggers)
+    trainer = make_trainer(config, data, list(callbacks.values()), loggers, module)
     for each in module.modules_by_name.values():
         rehearse(each, data, benchmark, run_dir)
     return fit(module, trainer, data, run_dir, given, config.init_from)

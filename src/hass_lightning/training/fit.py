@@ -74,7 +74,7 @@ def fit(
     if checkpoint:
         log.info("resuming from %s", checkpoint)
     else:
-        for name, each in (module.modules_by_name if isinstance(module, HeadsModule) else {"": module}).items():
+        for name, each in module.modules_by_name.items():
             _initialize_head(each, data.target, store, init_from)
             if trainer.is_global_zero:
                 folder = getattr(store, "folder", None)  # the folder name is a hash of tokens, masks and target

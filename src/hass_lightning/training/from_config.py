@@ -113,20 +113,20 @@ def make_trainer(
     data: FeatureDataModule,
     callbacks: list[Callback],
     loggers: list[Logger],
-    module: HassModule | None = None,
+    module: HassModule | HeadsModule | None = None,
 ) -> L.Trainer:
     """Build the Trainer. A run is one pass over a numbered sequence of batches, whatever the number of epochs.
 
     `max_epochs` and a fractional `val_check_interval` are converted to numbers of batches, so resuming does not depend
-    on where an epoch ends (see data/order.py). If `module` is given, `config.compute` is converted to a number of
-    steps.
+    on where an epoch ends (see data/order.py). For the `module` of one head, `config.compute` is converted to a number
+    of steps.
     """
     settings = trainer_settings(config)
     accumulate = settings["accumulate_grad_batches"]
     world_size = num_processes(settings)
     per_epoch = _batches_per_epoch(settings.pop("limit_train_batches"), data, world_size)
     num_steps = _step_limit(settings.pop("max_epochs"), settings["max_steps"], per_epoch, accumulate)
-    if module is not None:
+    if isinstance(module, HassModule):
         head = (module.draft.products(), len(module.vocabulary), module.planned_alignment)
         cost = RunCost(data.tokens()[0], data.batch_size * world_size, data.seed, accumulate, *head)
         budget = dict(config.compute)

@@ -118,6 +118,11 @@ class HassModule(L.LightningModule):
             for part in (draft.layer.mlp, draft.layer.post_attention_layernorm):
                 part.compile(dynamic=True)
 
+    @property
+    def modules_by_name(self) -> dict[str, HassModule]:
+        """Itself as the only head, whose name is empty; see `HeadsModule`."""
+        return {"": self}
+
     def metric_names(self) -> set[str]:
         """Return the names of the metrics that training and validation log, for callbacks with `monitor=…`."""
         depth = int(max(self.planned_alignment.depths.values))
