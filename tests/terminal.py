@@ -65,11 +65,12 @@ def shown_on(screen):
 
 
 def masked(text):
-    """Remove the parts of a text that differ between runs: numbers, hashes, and the spaces that align numbers."""
+    """Remove the parts of a text that differ between runs: numbers, intervals, hashes, and the spaces between cells."""
     text = re.sub(r"\b[a-p]{12}\b|offline-run-\S+|(?<=/features/)\w+", "HASH", text)
     text = re.sub(r"\d+([.,:]\d+)*(e[+-]\d+)?", "N", text)
     text = re.sub(r"\bN min\b", "N s", text)  # on a busy machine
-    lines = [re.sub(r" {2,}", "  ", line).rstrip() for line in text.splitlines()]
+    text = re.sub(r" *\[N, N\]", "", text)  # a figure that is equal for all prompts has none
+    lines = [re.sub(r" {2,}", " ", line).rstrip() for line in text.splitlines()]
     return re.sub(r"[━╸╺]+( [━╸╺]+)*", "━", re.sub(r"─+", "─", "\n".join(lines))).strip() + "\n"
 
 

@@ -287,7 +287,8 @@ def by_torchrun(rank):
 
 def by_srun(rank):
     """One machine with two tasks."""
-    same = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "x"}
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "x", "SLURM_STEP_ID": "0"}
+    same = job | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     return same | {"SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
 
 
