@@ -180,6 +180,7 @@ class HassModule(L.LightningModule):
             normalizer,
             self.alignment.weights,
             draft_logits=lambda rows: self.draft.logits(rows, self.vocabulary, decoding=False),
+            draft_output=self.draft.output,
             trained=self.draft.logit_parameters(),
             counted=self._counted(prepared.batch, mask),
         )
