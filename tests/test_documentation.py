@@ -23,6 +23,8 @@ CANNOT = {
     "hparams_search=equal_compute": "36 runs of other depths; tests/test_studies.py builds each cell",
     "hparams_search=data_fraction": "24 runs; tests/test_studies.py builds each cell",
     "hparams_search=detach_vs_bptt": "12 runs; study=bptt is the same question",
+    "hparams_search=eagle3_parts": "16 runs; tests/test_studies.py builds each cell",
+    "hparams_search=heads": "its layers of the default target; tests/test_studies.py runs a small version",
     "hparams_search=loss_variants": "12 runs; study=divergences is the same question",
 }
 MODULES = {"import": "import_head"}

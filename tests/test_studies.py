@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,23 +13,28 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from transformers import LlamaConfig
 
 from browser import CHROMIUM, check_page, open_page
+from hass_lightning.measure.factorial import strength
 from hass_lightning.runs.config import config_folder
 from hass_lightning.runs.ledger import Ledger
+from hass_lightning.training import from_config
 
 CONF = Path(config_folder())
 NUM_CELLS = {
     "paper_ablation": 12, "top_k": 21, "loss_variants": 12, "alignment_depth": 5, "step_weights": 6,
     "data_fraction": 8, "self_distillation": 6, "mask_leak": 4, "detach_vs_bptt": 12, "equal_compute": 12,
-    "optuna": 30,
+    "optuna": 30, "eagle3_parts": 16, "heads": 5, "heads_equal_flops": 5,
 }  # fmt: skip
 
 
 def study(name):
     """Return a study without resolving its interpolations."""
     written = OmegaConf.to_container(OmegaConf.load(CONF / "hparams_search" / f"{name}.yaml"), resolve=False)
-    return SimpleNamespace(**{"sweeper": written["hydra"]["sweeper"], **written})
+    if "hydra" not in written:  # the cells of another study, which is its first default
+        written = vars(study(written["defaults"][0])) | written
+    return SimpleNamespace(**{"sweeper": written.get("hydra", written)["sweeper"], **written})
 
 
 @cache
@@ -51,7 +57,9 @@ def test_every_study_is_listed_with_its_question():
     for name in names:
         assert f"hparams_search={name}" in listed, name
         assert study(name).study == f"{name}_${{budget}}"
-        assert any("early_stopping" in str(default) for default in study(name).defaults)
+        assert (
+            any("early_stopping" in str(default) for default in study(name).defaults) or "heads" in study(name).defaults
+        )
 
 
 @pytest.mark.parametrize("name", sorted(set(NUM_CELLS) - {"optuna"}))
@@ -62,6 +70,11 @@ def test_study_has_the_expected_cells_and_each_can_be_built(name):
         key, value = override.split("=", 1)
         if "/" in key:
             assert (CONF / key / f"{value}.yaml").is_file(), override
+            continue
+        if key == "experiment":
+            assert (CONF / key / f"{value}.yaml").is_file(), override
+            continue
+        if key == "parts":  # a node of the study itself: see the test below
             continue
         if key == "data.source.answers":  # from the study's own data
             assert "answers" in OmegaConf.load(CONF / "data" / "first_turns.yaml").source
@@ -74,6 +87,79 @@ def test_study_has_the_expected_cells_and_each_can_be_built(name):
         if key.startswith("model."):
             instantiate(config.model.alignment)
             instantiate(config.model.loss)
+
+
+def built(words):
+    """Compose a cell, build its head for the tiny target, its loss and alignment, as a run does."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", overrides=words)
+        sizes = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4)
+        module = instantiate(config.model)
+        return config, module.keywords["draft"](sizes), module.keywords["loss"], module.keywords["alignment"]
+
+
+def test_the_parts_of_eagle3_are_a_half_fraction_and_each_cell_is_built_as_it_says():
+    cells = [cell for (cell,) in overrides("eagle3_parts")]
+    levels = []
+    for cell in cells:
+        config, draft, loss, alignment = built(["hparams_search=eagle3_parts", cell])
+        found = {
+            "layers": len(draft.feature_layers),
+            "lm_head": "target" if draft.lm_head is None else "own",
+            "gradient": alignment.gradient,
+            "feature": loss.terms["feature"].weight,
+            "top_k": loss.terms["top_k"].weight,
+        }
+        assert found == dict(config.parts), cell
+        assert (alignment.depth, alignment.edge, alignment.weights[2]) == (7, "drop", pytest.approx(0.64))
+        assert loss.terms["soft_ce"].weight == 0.1 and draft.start == "target"
+        levels.append(found)
+    eagle3 = {"layers": 3, "lm_head": "own", "gradient": "bptt", "feature": 0, "top_k": 0}
+    assert levels[0] == eagle3
+    factors = {name: sorted({each[name] for each in levels}, key=str) for name in eagle3}
+    assert all(len(found) == 2 for found in factors.values())
+    assert strength(levels, factors) == 4  # resolution V
+    assert {sum(each[name] != eagle3[name] for name in eagle3) % 2 for each in levels} == {0}
+
+
+def test_the_heads_are_those_of_their_papers_and_read_one_feature_set():
+    kinds = {}
+    for (cell,) in overrides("heads"):
+        config, draft, loss, alignment = built(["hparams_search=heads", cell])
+        assert draft.feature_layers in ((), (2, 4, 5)) and list(config.data.feature_layers) == [2, 15, 27]
+        assert (draft.vocab_size, config.trainer.max_steps, config.compute.flops) == (8192, 90, None)
+        kinds[cell.partition("=")[2]] = (type(draft).__name__, set(loss.terms), alignment.depth, alignment.alive)
+    both, three = {"feature", "soft_ce"}, {"feature", "soft_ce", "top_k"}
+    assert kinds == {
+        "eagle": ("EagleDraft", both, 1, None),
+        "hass": ("EagleDraft", three, 3, None),
+        "hass_alive": ("EagleDraft", three, 3, 3),
+        "eagle3": ("Eagle3Draft", {"soft_ce"}, 7, None),
+        "eagle3_had": ("Eagle3Draft", {"soft_ce", "top_k"}, 7, None),
+    }
+    assert overrides("heads_equal_flops") == overrides("heads")
+
+
+def test_heads_of_one_pass_are_the_cells_of_the_study(monkeypatch):
+    """The command in the comment of heads.yaml."""
+    text = (CONF / "hparams_search" / "heads.yaml").read_text()
+    (word,) = re.findall(r"'(\+heads=.*?)'", re.sub(r"\n# +", " ", text), re.DOTALL)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+
+        def node(group, name):
+            return OmegaConf.select(compose(overrides=[f"+{group}={name}"]), group.replace("/", "."))
+
+        def active(config):
+            model = OmegaConf.to_container(config.model)
+            terms = {name: term for name, term in model["loss"]["terms"].items() if term["weight"]}
+            return model | {"loss": model["loss"] | {"terms": terms}}
+
+        monkeypatch.setattr(from_config, "config_node", node)  # within a command, it asks Hydra for the search path
+        config = compose("train", overrides=[word])
+        for name, changes in config.heads.items():
+            cell = compose("train", overrides=[f"experiment={name}"])
+            assert active(from_config.config_of_head(config, name, changes)) == active(cell), name
+    assert set(config.heads) == {"eagle", "hass", "eagle3", "eagle3_had", "hass_alive"}
 
 
 AXES = {
@@ -110,9 +196,14 @@ def test_a_study_composes_with_either_budget(name, budget):
         steps = int(config.trainer.max_steps)
         questions = int(config.callbacks.decoding.num_prompts) if config.callbacks.decoding else None  # optuna: none
     assert config.study == f"{name}_{budget}"
-    assert steps == 90 if budget == "small" else steps >= 150
+    if name == "heads_equal_flops":
+        assert steps == -1
+    else:
+        assert steps == 90 if budget == "small" else steps >= 150
     assert questions is None or (questions == 24 if budget == "small" else questions >= 80)
-    assert config.callbacks.early_stopping.patience == (1000 if name == "equal_compute" else 3)
+    assert config.callbacks.early_stopping.patience == (
+        1000 if name in ("equal_compute", "heads", "heads_equal_flops") else 3
+    )
 
 
 def test_the_search_of_optuna_is_over_keys_that_exist():
@@ -145,12 +236,17 @@ def small_axes(name):
             node for node in nodes if "k:" not in node or (("k:1," in node or "k:5," in node) and "weight:0." in node)
         ]
         return {key: chosen}
-    return {key: list(values)[:2] for key, values in levels.items()}
+    # four cells of the fraction are enough; of the heads, EAGLE and EAGLE-3, which share their features
+    chosen = {"parts": slice(4), "experiment": slice(0, 3, 2)}
+    return {key: list(values)[chosen.get(key, slice(2))] for key, values in levels.items()}
 
 
 def words_of(name, tmp_path, cache_dir):
     """Return the command line of a small version of a study."""
-    words = [f"hparams_search={name}", *TINY]
+    words = [f"hparams_search={name}", *(TINY[1:] if "heads" in name else TINY)]
+    if "heads" in name:  # the cells are experiments, so what `smoke` sets comes from the command line
+        words += ["target=tiny", "data=smoke", "data.max_length=256", "data.feature_layers=[0,1]"]
+        words += ["trainer.precision=32-true", "model.draft.vocab_size=64"]
     if name == "self_distillation":
         chats = tmp_path / "chats.jsonl"
         turns = [[("user", f"question {n}?"), ("assistant", f"the answer is {n * n}")] for n in range(24)]

@@ -118,7 +118,9 @@ def test_layers_are_those_of_the_engines_or_of_the_config():
     assert default_layers(2) == (0, 1)
     assert make_draft("eagle3").feature_layers == (2, 4, 5)
     assert Eagle3Draft.from_target(CONFIG, feature_layers=[6]).fc.weight.shape == (D, D)
-    for wrong in ([], [3, 2], [2, 2], [8], [-1]):
+    for number, layers in {1: (5,), 2: (4, 5), 3: (2, 4, 5)}.items():
+        assert Eagle3Draft.from_target(CONFIG, feature_layers=number).feature_layers == layers
+    for wrong in ([], [3, 2], [2, 2], [8], [-1], 0, 4):
         with pytest.raises(ValueError, match=r"model\.draft\.feature_layers"):
             Eagle3Draft.from_target(CONFIG, feature_layers=wrong)
 
@@ -127,6 +129,7 @@ def test_a_borrowed_lm_head_follows_the_final_norm():
     draft, (embeddings, features) = Eagle3Draft.from_target(CONFIG, lm_head="target").double(), make_rows("eagle3")
     own = draft(embeddings, features)
     assert torch.equal(draft.logits(own, VOCABULARY), VOCABULARY.logits(draft.norm(own)))
+    assert torch.equal(draft.output(own), draft.norm(own))
     assert [parameter is draft.norm.weight for parameter in draft.logit_parameters()] == [True]
     with pytest.raises(ValueError, match=r"model\.draft\.lm_head=mine"):
         Eagle3Draft.from_target(CONFIG, lm_head="mine")

@@ -27,11 +27,11 @@ def terms():
     return {"feature": FeatureRegression(0.5), "soft_ce": SoftCrossEntropy(), "top_k": TopK(k=4)}
 
 
-def by_autograd(steps, target, vocabulary, lm_head, weights, counted=None):
+def by_autograd(steps, target, vocabulary, lm_head, weights, counted=None, norm=None):
     """The same loss in one piece, for autograd."""
     p, total = (target @ vocabulary.weight.T).softmax(-1), 0.0
     top, indices = p.topk(4)
-    for number, features in enumerate(steps):
+    for number, features in enumerate(steps if norm is None else map(norm, steps)):
         log_q = lm_head(features).log_softmax(-1)
         rows = 0.5 * F.smooth_l1_loss(features, target, reduction="none").mean(-1) - (p * log_q).sum(-1)
         rows = rows - (top * log_q.gather(-1, indices)).sum(-1)
@@ -52,6 +52,21 @@ def test_gradients_of_the_lm_head_are_accumulated_over_chunks_and_steps(chunk_ro
     torch.testing.assert_close(total, expected, atol=1e-12, rtol=0)
     ours, theirs = torch.autograd.grad(3 * total, inputs), torch.autograd.grad(3 * expected, inputs)
     for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("chunk_rows", [4, None])
+def test_terms_compare_what_the_lm_head_reads_with_the_features_of_the_target(chunk_rows):
+    steps, target, vocabulary, lm_head = make()
+    norm = nn.RMSNorm(D).to(torch.float64)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    trained = [norm.weight, lm_head.weight]
+    known = {"draft_logits": lambda rows: lm_head(norm(rows)), "draft_output": norm, "trained": trained}
+    total = DraftLoss(terms(), chunk_rows)(steps, target, vocabulary, torch.zeros(R).long(), R, **known).total
+    expected = by_autograd(steps, target, vocabulary, lm_head, (1.0, 1.0, 1.0), norm=norm)
+    torch.testing.assert_close(total, expected, atol=1e-12, rtol=0)
+    inputs = [*steps, *trained]
+    for a, b in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 

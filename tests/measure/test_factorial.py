@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import combinations, product
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -14,6 +17,7 @@ from hass_lightning.measure.factorial import (
     interactions,
     interval_over_seeds,
     main_effects,
+    strength,
 )
 
 FACTORS = {"loss": ["eagle", "hass"], "depth": [1, 3]}
@@ -130,3 +134,45 @@ def test_interval_over_seeds_is_computed_on_the_log_scale():
     low, high = stats.ttest_1samp(np.log(values), 0).confidence_interval()
     assert (interval.low, interval.high) == (pytest.approx(np.exp(low)), pytest.approx(np.exp(high)))
     assert np.isnan(interval_over_seeds([2.0]).low)
+
+
+# --- a half fraction -------------------------------------------------------------------------------------------------
+
+PARTS = {name: [0, 1] for name in "abcde"}
+EVERY = [dict(zip(PARTS, levels, strict=True)) for levels in product((0, 1), repeat=5)]
+HALF = [cell for cell in EVERY if sum(cell.values()) % 2 == 0]  # I = -ABCDE: resolution V
+QUARTER = [c for c in EVERY if (c["a"] + c["b"] + c["c"]) % 2 == (c["c"] + c["d"] + c["e"]) % 2 == 0]  # resolution III
+
+
+def test_strength_is_the_number_of_factors_that_are_always_crossed():
+    assert strength(EVERY, PARTS) == 5
+    assert (len(HALF), strength(HALF, PARTS)) == (16, 4)
+    assert (len(QUARTER), strength(QUARTER, PARTS)) == (8, 2)
+    assert strength(HALF[1:], PARTS) == 0  # a missing cell
+    four = [cell for cell in EVERY if (cell["a"] + cell["b"] + cell["c"] + cell["d"]) % 2 == 0 and cell["e"] == 0]
+    assert strength(four, {name: [0, 1] for name in "abcd"}) == 3
+    nine = [{"a": a, "b": b, "c": (a + b) % 3} for a in range(3) for b in range(3)]  # a Latin square
+    assert strength(nine, {name: [0, 1, 2] for name in "abc"}) == 2
+
+
+@pytest.mark.parametrize("planted", [("b",), ("e",), ("a", "d"), ("c", "e")])
+def test_a_half_fraction_finds_the_planted_effect_and_nothing_that_it_could_be_mistaken_for(planted):
+    """Main effects and interactions of two factors are estimated apart from each other: each is an exact contrast."""
+    y = np.array([0.3 * math.prod(2 * cell[name] - 1 for name in planted) for cell in HALF])
+    family = [*main_effects(HALF, PARTS), *interactions(HALF, PARTS)]
+    assert len(family) == 5 + 10
+    # the slow form: least squares of the full model with all main effects and interactions
+    columns = [(name,) for name in PARTS] + list(combinations(PARTS, 2))
+    design = np.array([[1.0, *(math.prod(2 * cell[n] - 1 for n in names) for names in columns)] for cell in HALF])
+    fitted = dict(zip(columns, np.linalg.lstsq(design, y, rcond=None)[0][1:], strict=True))
+    for contrast, names in zip(family, columns, strict=True):
+        value = float(np.dot(contrast.weights, y))
+        assert value == pytest.approx(2 ** len(names) * fitted[names], abs=1e-12), contrast.name
+        assert (abs(value) > 1e-9) == (names == planted), contrast.name
+
+
+def test_a_quarter_fraction_mistakes_an_interaction_for_a_main_effect():
+    """What `strength` guards against: in a fraction of strength 2, the effect of c is also the interaction a × b."""
+    y = np.array([0.3 * (2 * cell["a"] - 1) * (2 * cell["b"] - 1) for cell in QUARTER])
+    found = {effect.name: abs(float(np.dot(effect.weights, y))) for effect in main_effects(QUARTER, PARTS)}
+    assert found["c: 1 against 0"] == pytest.approx(0.6)

@@ -25,7 +25,7 @@ from hass_lightning.report.study.claims import claims_of
 from hass_lightning.report.study.figures import gap_figure, response_figure
 from hass_lightning.report.study.page import subtitle
 from hass_lightning.report.study.runs import StudyRun, read_run
-from hass_lightning.report.study.tables import cells_table, front, notes
+from hass_lightning.report.study.tables import cells_table, effects_table, front, notes
 from hass_lightning.report.study.workspace import build_report, build_workspace, save_workspace, workspace_spec
 from hass_lightning.runs.config import config_folder
 from hass_lightning.runs.ledger import Entry, Ledger
@@ -267,6 +267,43 @@ def test_a_node_that_is_swept_whole_is_as_many_factors_as_it_has_keys(tmp_path, 
     assert (kinds.count("main"), kinds.count("interaction")) == (4 + 3, 4 * 3)
     assert len(study.rows) == 21
     assert len({trace.xaxis for trace in response_figure(study).data}) == 2  # a panel per factor
+
+
+def part_runs(tmp_path, left_out=0):
+    """Runs with the overrides and merged configs of the cells of conf/hparams_search/eagle3_parts.yaml."""
+    text = yaml.safe_load((CONF / "hparams_search" / "eagle3_parts.yaml").read_text())
+    runs = []
+    for number, node in enumerate(re.findall(r"\{.*?\}", text["hydra"]["sweeper"]["params"]["parts"])[left_out:]):
+        (parsed,) = OverridesParser.create().parse_overrides([f"parts={node}"])
+        merged = {f"parts.{key}": level for key, level in parsed.value().items()}
+        runs.append(cell(tmp_path, str(number), [f"parts={node}"], **merged))
+    return runs
+
+
+def test_the_half_fraction_of_eagle3_parts_is_reported_by_its_effects(tmp_path):
+    """A higher rate with one layer, and nothing else: found as such, and not as something else."""
+    runs, rng = part_runs(tmp_path), np.random.default_rng(0)
+    for run in runs:
+        run.folder.mkdir()
+        write_records(run.folder, rng, 0.5 + 0.2 * (run.settings["parts.layers"] == 1), 40)
+        run.records = read_run(run.folder).records
+    study = analyse(runs)
+    assert study.rows[study.baseline].label == "layers=3, lm_head=own, gradient=bptt, feature=0, top_k=0"
+    assert (len(study.cells), study.grid.strength, len(study.grid.cells)) == (16, 4, 16)
+    kinds = [effect.contrast.kind for effect in study.effects]
+    assert (kinds.count("main"), kinds.count("interaction")) == (5, 10)
+    assert {each.contrast.name for each in study.effects if each.verdict != "no difference is shown"} == {
+        "layers: 1 against 3"
+    }
+    found = study.effects[0].ratio
+    assert found.low > 1.1 and study.effects[0].unit == "questions"
+    text = effects_table(study).markdown()
+    assert "16 of 32 combinations" in text and "layers: 3, 1; lm_head: own, target" in text
+
+
+def test_a_fraction_with_a_missing_cell_has_no_effects(tmp_path):
+    assert find_grid(make_cells(part_runs(tmp_path)), 0).strength == 4
+    assert find_grid(make_cells(part_runs(tmp_path, left_out=1)), 0) is None
 
 
 def test_overrides_are_parsed_as_by_hydra(tmp_path):

@@ -142,18 +142,27 @@ def test_command_trains_and_measures_each_head_as_its_own_run_does(call_command)
     assert json.loads(again.out.splitlines()[-1]) == result
 
 
-def test_an_eagle_head_reads_the_features_of_an_eagle3_head(call_command):
-    common = ["experiment=smoke", "logger=csv", "trainer.max_steps=4", "callbacks.decoding=null"]
-    eagle3 = "eagle3: {draft: eagle3, loss: eagle3, alignment: {depth: 2, gradient: bptt, edge: drop}}"
-    done = call_command("train", *common, f"+heads={{{eagle3}, eagle: {{loss: eagle}}}}", "name=together")
+def test_heads_of_different_kinds_share_the_features_with_more_layers(call_command):
+    common = ["experiment=smoke", "logger=csv", "trainer.max_steps=4", "model.draft.vocab_size=64",
+              "callbacks.decoding=null"]  # fmt: skip
+    deep = "alignment: {depth: 2, gradient: bptt}"
+    heads = f"+heads={{e3: {{draft: eagle3, draft.start: target, loss: eagle3, {deep}}}, hass: {{}}}}"
+    done = call_command("train", *common, heads, "name=together")
     assert done.code == 0, done.err
-    result = json.loads(done.out.splitlines()[-1])
-    done = call_command("train", *common, "model/loss=eagle", "name=alone")
-    assert done.code == 0, done.err
-    one, other = load_draft(f"{result['run_dir']}/eagle"), load_draft(json.loads(done.out.splitlines()[-1])["run_dir"])
-    weights = one.draft.state_dict()
-    assert all(torch.equal(weights[name], value) for name, value in other.draft.state_dict().items())
-    assert load_draft(f"{result['run_dir']}/eagle3").draft.feature_layers
+    together = json.loads(done.out.splitlines()[-1])["run_dir"]
+    alone = {
+        "e3": ["model/draft=eagle3", "model/loss=eagle3", "model.draft.start=target", "model.alignment.depth=2",
+               "model.alignment.gradient=bptt"],
+        "hass": [],
+    }  # fmt: skip
+    for name, words in alone.items():
+        done = call_command("train", *common, *words, f"name={name}")
+        assert done.code == 0, done.err
+        separate = load_draft(json.loads(done.out.splitlines()[-1])["run_dir"])
+        found = load_draft(f"{together}/{name}")
+        assert len(found.token_ids) == len(separate.token_ids) == 64
+        weights = found.draft.state_dict()
+        assert all(torch.equal(weights[key], value) for key, value in separate.draft.state_dict().items()), name
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ def help_text(command: str, width: int | None = None) -> str:
         lines += ["", f"Groups (* is the default; `hass-{command} --help GROUP` explains the values)"]
         column = max(len(group) for group, _, _ in groups) + 2
         for group, key, names in groups:
-            marked = ", ".join(f"{name}*" if name in re.findall(r"[\w/]+", key.value) else name for name in names)
+            known = dict.fromkeys(re.sub("/.*", "/…", name) for name in names)  # a folder of files is one value
+            marked = ", ".join(f"{name}*" if name in re.findall(r"[\w/]+", key.value) else name for name in known)
             comment = key.comment.partition(";")[0]
             lines += folded(f"  {group:{column}}", f"{comment}: {marked}" if comment else marked, width)
     lines += ["", "Most used keys"]

@@ -7,6 +7,7 @@ hass-report 'why=[runs/eagle,runs/hass]'                         # which keys, c
 hass-report records=runs/benchmark served=metrics.txt             # accepted by position: an engine against our records
 hass-report 'gap={reference: paper.yaml, mine: runs/benchmark}'   # explain a published τ against a measured one
 hass-report runs=runs/sweeps/top_k wandb=workspace               # the W&B dashboard of the sweep as code
+hass-report table=experiments/heads                              # write the page of all methods from their result files
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from hass_lightning.commands.command import command
 from hass_lightning.report.gap import gap_report
+from hass_lightning.report.methods import add_method
+from hass_lightning.report.methods_page import write_methods_page
 from hass_lightning.report.served import served_report
 from hass_lightning.report.study import StudyRun, load_runs, study_report, why_line
 from hass_lightning.report.study.analysis import Study, analyse
@@ -42,6 +45,8 @@ def main(config: DictConfig) -> dict[str, Any]:
         return compare_with_engine(config)
     if config.gap:
         return explain_published(config)
+    if config.table:
+        return table_of_methods(config)
     if config.wandb not in (None, "workspace"):
         raise ValueError(f"wandb={config.wandb} is not supported: wandb=workspace writes the dashboard of the sweep.")
     paths = as_list(config.runs)
@@ -116,6 +121,20 @@ def explain_published(config: DictConfig) -> dict[str, Any]:
         decoder=config.decoder,
         temperature=config.temperature,
     )
+
+
+def table_of_methods(config: DictConfig) -> dict[str, Any]:
+    """Add the runs as a method if `method` names it, and write the page of all methods.
+
+    Raises:
+        ValueError: `runs` or `records` do not fit, or a result file is damaged.
+    """
+    folder = Path(config.table)
+    added = {}
+    if config.method:
+        runs = load_runs(as_list(config.runs))
+        added = {"method": str(add_method(folder, str(config.method), runs, as_list(config.records)))}
+    return {"files": {**added, "page": str(write_methods_page(folder))}}
 
 
 def output_folder(output_dir: str | None, paths: list[str]) -> Path:

@@ -73,7 +73,7 @@ class Eagle3Draft(DraftHead):
     def from_target(
         cls,
         target_config: Any,
-        feature_layers: Sequence[int] | None = None,
+        feature_layers: Sequence[int] | int | None = None,
         lm_head: Literal["own", "target"] = "own",
         vocab_size: int | None = None,
         start: str = "random",
@@ -83,7 +83,8 @@ class Eagle3Draft(DraftHead):
 
         Args:
             target_config: the target's config.
-            feature_layers: layers of the target whose inputs the head reads, ascending. Default: `default_layers`.
+            feature_layers: layers of the target whose inputs the head reads, ascending. Default: `default_layers`. A
+                number from 1 to 3: the last so many of these.
             lm_head: `own` trains an LM head. `target` uses the target's, frozen, after the head's final norm.
             vocab_size, start, attention: see the class.
 
@@ -91,11 +92,15 @@ class Eagle3Draft(DraftHead):
             ValueError: if a value is not allowed.
         """
         num_layers = target_config.num_hidden_layers
-        layers = tuple(default_layers(num_layers) if feature_layers is None else feature_layers)
+        layers = default_layers(num_layers)
+        if isinstance(feature_layers, int):
+            layers = layers[-feature_layers:] if 1 <= feature_layers <= 3 else ()
+        elif feature_layers is not None:
+            layers = tuple(feature_layers)
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= num_layers:
             raise ValueError(
-                f"model.draft.feature_layers={list(layers)} must be layers of the target in ascending order, from 0 to "
-                f"{num_layers - 1}, such as {list(default_layers(num_layers))} (null)."
+                f"model.draft.feature_layers={feature_layers} must be layers of the target in ascending order, from 0 "
+                f"to {num_layers - 1}, such as {list(default_layers(num_layers))} (null), or how many of these: 1 to 3."
             )
         if lm_head not in ("own", "target"):
             raise ValueError(f"model.draft.lm_head={lm_head} must be own or target.")
@@ -133,9 +138,14 @@ class Eagle3Draft(DraftHead):
         layer = self.midlayer
         return torch.cat([layer.input_layernorm(embeddings), layer.hidden_norm(features)], dim=-1), features
 
+    def output(self, features: Tensor) -> Tensor:
+        """Apply the final norm to predicted features [..., D]."""
+        normed: Tensor = self.norm(features)
+        return normed
+
     def logits(self, features: Tensor, vocabulary: DraftVocabulary, decoding: bool = True) -> Tensor:
         """Compute draft logits [..., Vd] of predicted features [..., D], after the final norm."""
-        normed = self.norm(features)
+        normed = self.output(features)
         return vocabulary.logits(normed, decoding=decoding) if self.lm_head is None else self.lm_head(normed)
 
     def logit_parameters(self) -> list[nn.Parameter]:

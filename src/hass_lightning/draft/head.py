@@ -147,6 +147,10 @@ class DraftHead(nn.Module):
         """Return the attention's input [B, T, …] and the residual [B, T, D] of embeddings and features [B, T, D]."""
         raise NotImplementedError
 
+    def output(self, features: Tensor) -> Tensor:
+        """What the LM head reads of predicted features [..., D], and loss terms compare with the target's features."""
+        return features
+
     def logits(self, features: Tensor, vocabulary: DraftVocabulary, decoding: bool = True) -> Tensor:
         """Compute draft logits [..., Vd] of predicted features [..., D].
 

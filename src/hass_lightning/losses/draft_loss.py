@@ -115,6 +115,7 @@ class LossPass:
         normalizer: divisor of the sums (the number of loss positions across all processes).
         step_weights: one weight per step. Default: 1 each.
         draft_logits: the draft's logits [rows, Vd] of its features [rows, D]. Default: those of `vocabulary`.
+        draft_output: what its LM head reads of its features [rows, D], which the terms get. Default: the features.
         trained: the parameters that `draft_logits` trains.
         counted: the positions that count in each step. Default: all.
         first_step: number of the first of the steps.
@@ -131,6 +132,7 @@ class LossPass:
         step_weights: Sequence[float] | None = None,
         *,
         draft_logits: Callable[[Tensor], Tensor] | None = None,
+        draft_output: Callable[[Tensor], Tensor] | None = None,
         trained: Sequence[nn.Parameter] = (),
         counted: CountedRows | None = None,
         first_step: int = 1,
@@ -139,6 +141,7 @@ class LossPass:
         self.vocabulary, self.wanted, self.normalizer, self.counted = vocabulary, wanted, normalizer, counted
         self.target_logits = partial(vocabulary.logits, decoding=False)
         self.draft_logits, self.first_step = draft_logits or self.target_logits, first_step
+        self.draft_output = draft_output or (lambda features: features)
         self.weights = step_weights or (1.0,) * len(step_features)
         self.active = {name: term for name, term in loss.terms.items() if term.weight > 0}  # type: ignore[operator]
         self.num_rows, self.device = target_features.shape[0], target_features.device
@@ -181,6 +184,7 @@ class LossPass:
         compiled = loss.compiler.on and len(leaf) > 1  # a single row would trigger a recompilation
         with torch.set_grad_enabled(self.with_gradient):
             own_logits = loss._logits(self.draft_logits, leaf, None if compiled else wide)
+            output = self.draft_output(leaf)  # `leaf` itself if the LM head reads the features
         # autocast would compute the dot products of the terms in bf16
         with torch.set_grad_enabled(self.with_gradient), torch.autocast(device.type, enabled=False):
             logits = own_logits.detach()
@@ -192,7 +196,7 @@ class LossPass:
                 if compiled
                 else EagerPasses(logits, target, scratch)
             )
-            seen = Chunk(leaf.to(wide), own_logits, target, number + self.first_step, passes, self.with_gradient)
+            seen = Chunk(output.to(wide), own_logits, target, number + self.first_step, passes, self.with_gradient)
             left_out = None if self.counted is None else ~self.counted.at(number, rows)
             chunk_loss = torch.zeros((), device=device, dtype=wide)
             for name, term in self.active.items():
@@ -201,11 +205,16 @@ class LossPass:
                 self.values[f"{name}/step{number + self.first_step}"] += value.detach()
                 chunk_loss = chunk_loss + term.weight * value
             chunk_loss = chunk_loss * self.weights[number]
-            to_features, to_logits = seen.gradients(chunk_loss) if chunk_loss.requires_grad else (None, None)
-            if to_features is not None and to_logits is not None:
+            to_output, to_logits = seen.gradients(chunk_loss) if chunk_loss.requires_grad else (None, None)
+            if to_output is not None and to_logits is not None:
                 # the gradient of the sum is divided in fp32 below: in fp16 the tail of (q - p) / N is zero
-                through, *own = torch.autograd.grad(own_logits, [leaf, *self.trained], to_logits)
-                self.gradients[number][rows] = (through.to(wide) + to_features) / self.normalizer
+                if output is leaf:
+                    through, *own = torch.autograd.grad(own_logits, [leaf, *self.trained], to_logits)
+                    through = through.to(wide) + to_output
+                else:
+                    known = [to_logits, to_output.to(output.dtype)]
+                    through, *own = torch.autograd.grad([own_logits, output], [leaf, *self.trained], known)
+                self.gradients[number][rows] = through.to(wide) / self.normalizer
                 for so_far, gradient in zip(self.sums, own, strict=True):
                     so_far.add_(gradient)
         self.total += chunk_loss.detach() / self.normalizer

@@ -14,6 +14,7 @@ Shapes: C cells, m contrasts, N runs, S independent data sets, n questions.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -42,7 +43,7 @@ def main_effects(cells: Sequence[Levels], factors: Mapping[str, Sequence[Any]]) 
     """Return the contrasts of each factor's levels with its first level, averaged over the levels of the other factors.
 
     Args:
-        cells: a full crossing of `factors`, one cell per combination.
+        cells: a full crossing of `factors`, one cell per combination, or a fraction of it (`strength`).
         factors: levels by factor name, the reference level first.
     """
     return [
@@ -61,6 +62,25 @@ def interactions(cells: Sequence[Levels], factors: Mapping[str, Sequence[Any]]) 
                 moves = [(a, level_a, factors[a][0]), (b, level_b, factors[b][0])]
                 found.append(Contrast("interaction", f"{a} {level_a} × {b} {level_b}", _weights(cells, moves)))
     return found
+
+
+def strength(cells: Sequence[Levels], factors: Mapping[str, Sequence[Any]]) -> int:
+    """Return the largest t such that the levels of any t factors are crossed, each combination equally often.
+
+    A full crossing of n factors has strength n. A fraction of strength t (an orthogonal array, of resolution t + 1)
+    estimates main effects that interactions of fewer than t factors do not change. From 4, interactions of two factors
+    do not change each other either.
+
+    Args:
+        cells: the levels of each cell, all different.
+        factors: levels by factor name.
+    """
+    for size in range(1, len(factors) + 1):
+        for names in combinations(factors, size):
+            counts = Counter(tuple(repr(cell[name]) for name in names) for cell in cells)
+            if len(counts) < math.prod(len(factors[name]) for name in names) or len(set(counts.values())) > 1:
+                return size - 1
+    return len(factors)
 
 
 def _weights(cells: Sequence[Levels], moves: Sequence[tuple[str, Any, Any]]) -> tuple[float, ...]:

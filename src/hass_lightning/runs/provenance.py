@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from hass_lightning.runs.files import write_whole
+from hass_lightning.runs.machine import device_name
 from hass_lightning.runs.old_names import new_name
 from hass_lightning.runs.redaction import redact, redacted
 
@@ -133,7 +134,7 @@ def write_provenance(run_dir: Path, config: DictConfig) -> dict[str, Any]:
         "git_dirty": bool(status) if status is not None else None,
         "versions": {package: _version(package) for package in PACKAGES},
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": device_name(),
         "num_cores": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "seed": config.get("seed"),

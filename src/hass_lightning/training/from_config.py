@@ -56,8 +56,7 @@ def build_module(config: DictConfig, data: FeatureDataModule) -> tuple[HassModul
     token_ids, coverage = None, None
     if draft.vocab_size is not None:
         token_ids, coverage = data.most_frequent_tokens(draft.vocab_size)
-    node = OmegaConf.masked_copy(config.model, [key for key in config.model if key != "draft"])
-    return instantiate(node)(draft=draft, head=data.target.head, token_ids=token_ids), coverage
+    return instantiate(config.model)(draft=draft, head=data.target.head, token_ids=token_ids), coverage
 
 
 def config_of_head(config: DictConfig, name: str, changes: Mapping[str, Any]) -> DictConfig:
@@ -66,7 +65,8 @@ def config_of_head(config: DictConfig, name: str, changes: Mapping[str, Any]) ->
     Args:
         config: the composed config.
         name: name of the head.
-        changes: keys of conf/model/default.yaml with new values; `loss` and `draft` may be names of their groups.
+        changes: keys of conf/model/default.yaml with new values, dotted or nested; `loss` and `draft` may be names of
+            their groups, and another `draft` keeps the `vocab_size`, which all heads share.
 
     Raises:
         ValueError: the name cannot be a folder, or a key does not exist.
@@ -76,10 +76,12 @@ def config_of_head(config: DictConfig, name: str, changes: Mapping[str, Any]) ->
     own = deepcopy(config)
     for key, value in (changes or {}).items():
         if key in MODEL_GROUPS and isinstance(value, str):
-            own.model[key] = config_node(f"model/{key}", value)
+            before, own.model[key] = own.model[key], config_node(f"model/{key}", value)
+            if "vocab_size" in own.model[key]:
+                own.model[key].vocab_size = before.get("vocab_size")
             continue
         try:
-            own.merge_with({"model": {key: value}})
+            OmegaConf.update(own.model, str(key), value, merge=True)
         except OmegaConfBaseException as error:
             first_line = str(error).splitlines()[0]
             raise ValueError(f"heads.{name}.{key}={value} is not possible in `model` ({first_line}).") from error
@@ -101,7 +103,8 @@ def build_heads(config: DictConfig, data: FeatureDataModule) -> HeadsModule:
     for name, changes in config.heads.items():
         torch.set_rng_state(state)
         modules[str(name)] = build_module(config_of_head(config, str(name), changes), data)[0]
-    layers = {module.draft.feature_layers for module in modules.values()} - {()}  # all features end with the last state
+    # features with more layers end with the last hidden state, which is all that the other heads read
+    layers = {module.draft.feature_layers for module in modules.values()} - {()}
     if len(layers) > 1:
         raise ValueError(f"heads read different layers of the target ({layers}): train these heads separately.")
     data.read_layers(next(iter(layers), ()))

@@ -194,7 +194,8 @@ class HassModule(L.LightningModule):
         return LossPass(
             self.loss, steps, targets, self.vocabulary, wanted, normalizer, weights,
             draft_logits=lambda rows: self.draft.logits(rows, self.vocabulary, decoding=False),
-            trained=self.draft.logit_parameters(), counted=counted, first_step=first_step,
+            draft_output=self.draft.output, trained=self.draft.logit_parameters(), counted=counted,
+            first_step=first_step,
         )  # fmt: skip
 
     def aligned_loss(

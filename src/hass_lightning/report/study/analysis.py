@@ -100,7 +100,9 @@ def analyse(runs: Sequence[StudyRun], baseline: str | None = None, decoder: str 
     if grid:
         crossed = [cells[position] for position in grid.cells]
         levels = [cell.levels for cell in crossed]
-        family = [*main_effects(levels, grid.levels), *interactions(levels, grid.levels)]
+        family = main_effects(levels, grid.levels)
+        if grid.strength is None or grid.strength >= 4:
+            family += interactions(levels, grid.levels)
         tests += _test(crossed, family, metric)[1]
     # all tests of a report are one family; otherwise one in twenty reports without any difference would claim one
     adjusted = holm([effect.p_value for effect in tests])

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from hass_lightning.measure.factorial import strength
 from hass_lightning.report.provenance_text import flatten
 from hass_lightning.report.study.runs import ABSENT, NO_SETTING, StudyRun, differing
 from hass_lightning.runs.names import short_keys
@@ -34,11 +35,15 @@ class StudyCell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A full crossing of two or more factors: `cells` are indices into the study, `levels` start with the reference."""
+    """A crossing of two or more factors: `cells` are indices into the study, `levels` start with the reference.
+
+    `strength` is that of a fraction of the combinations (measure/factorial.py); None: the crossing is full.
+    """
 
     cells: tuple[int, ...]
     levels: dict[str, list[Any]]
     left_out: tuple[str, ...] = field(default=())
+    strength: int | None = None
 
 
 def make_cells(runs: Sequence[StudyRun]) -> list[StudyCell]:
@@ -182,17 +187,28 @@ def _short_names(factors: Factors) -> Factors:
 def find_grid(cells: Sequence[StudyCell], baseline: int) -> Grid | None:
     """Return the fully crossed part of the cells, the baseline's levels first; None with fewer than two factors in it.
 
+    All cells together may instead be a fraction of a crossing that determines the main effects (strength 3 or more).
     If combinations are missing, the levels that miss the most of them are left out one by one, the baseline's own last.
     A baseline that lacks a factor (a cell without a loss term) is not part of the crossing, and the first cell that has
     all factors is the reference.
     """
-    grid = _crossing(cells, list(range(len(cells))), baseline)
+    grid = _fraction(cells, baseline) or _crossing(cells, list(range(len(cells))), baseline)
     inside = [number for number, cell in enumerate(cells) if ABSENT not in cell.levels.values()]
     if grid or baseline in inside or not inside:
         return grid
     grid = _crossing(cells, inside, inside[0])
     outside = tuple(cell.label for cell in cells if ABSENT in cell.levels.values())
     return grid and replace(grid, left_out=(*outside, *grid.left_out))
+
+
+def _fraction(cells: Sequence[StudyCell], baseline: int) -> Grid | None:
+    """Return all cells if they are a fraction of strength 3 or more of a full crossing, and not the whole of it."""
+    home = cells[baseline].levels
+    levels = {name: _ordered([cell.levels[name] for cell in cells], home[name]) for name in home}
+    if len(cells) >= math.prod(map(len, levels.values())):
+        return None
+    found = strength([cell.levels for cell in cells], levels)
+    return Grid(tuple(range(len(cells))), levels, strength=found) if found >= 3 else None
 
 
 def _crossing(cells: Sequence[StudyCell], used: Sequence[int], baseline: int) -> Grid | None:

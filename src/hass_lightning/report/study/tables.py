@@ -11,7 +11,7 @@ from hass_lightning.measure.factorial import Effect
 from hass_lightning.measure.statistics import Interval
 from hass_lightning.report.provenance_text import without_paths
 from hass_lightning.report.study.analysis import DECODED, Row, Study
-from hass_lightning.report.study.cells import show
+from hass_lightning.report.study.cells import Grid, show
 from hass_lightning.report.study.claims import ABOUT, claims_of
 from hass_lightning.report.study.runs import differing
 from hass_lightning.report.tables import Column, Table, is_number
@@ -119,9 +119,21 @@ def effects_table(study: Study) -> Table | None:
         f"Crossed: {levels}. Main effect: a level compared with the factor's first, averaged over the other factors. "
         "Interaction: the factor by which both together differ from the product of their separate effects."
     ]
+    if study.grid.strength is not None:
+        text.append(_fraction_note(study.grid))
     if study.grid.left_out:
         text.append(f"Left out, because their combinations are incomplete: {', '.join(study.grid.left_out)}.")
     return Table.of(columns, lines, notes=text)
+
+
+def _fraction_note(grid: Grid) -> str:
+    total = math.prod(map(len, grid.levels.values()))
+    start = f"{len(grid.cells)} of {total} combinations, chosen so that a main effect contains no interaction of two"
+    if grid.strength is not None and grid.strength >= 4:
+        return (
+            f"{start} or three factors, and an interaction of two contains none of two (but may contain one of three)."
+        )
+    return f"{start} factors. Interactions of two cannot be told from each other and are not shown."
 
 
 def claims_table(study: Study) -> Table:
