@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from test_compute import KERNELS
 from torch.utils.flop_counter import FlopCounterMode
 from training_toys import make_data, make_module
@@ -17,7 +18,9 @@ from hass_lightning.draft.alignment import needed_rows
 from hass_lightning.draft.checkpoint import save_draft
 from hass_lightning.draft.initialize import initialize, start_from
 from hass_lightning.losses import DraftLoss, FeatureRegression, SoftCrossEntropy, TopK
+from hass_lightning.runs.config import config_folder
 from hass_lightning.training.compute import BatchShape, step_flops
+from hass_lightning.training.from_config import build_module
 from hass_lightning.training.module import HassModule
 
 OVERRIDES = [
@@ -205,3 +208,10 @@ def test_two_processes_train_it_and_decode_losslessly(run_command, trainer):
     assert done.code == 0, done.err[-3000:]
     result = json.loads(done.out.splitlines()[-1])
     assert (result["num_checked"], result["num_identical"]) == (2, 2)
+
+
+def test_zero_3_is_refused(tiny, wide):
+    with initialize_config_dir(config_folder(), version_base="1.3"):
+        config = compose("train", overrides=[*OVERRIDES, "trainer=deepspeed_zero3"])
+    with pytest.raises(ValueError, match=r"trainer\.strategy\.stage=3 .* trainer=deepspeed_zero2"):
+        build_module(config, wide)

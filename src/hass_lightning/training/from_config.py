@@ -30,7 +30,7 @@ from hass_lightning.training.heads import HeadsModule
 from hass_lightning.training.module import HassModule
 from hass_lightning.training.progress import ProgressLines
 from hass_lightning.training.rendezvous import meet_first, seconds_of
-from hass_lightning.training.strategy import num_processes
+from hass_lightning.training.strategy import deepspeed_stage, num_processes
 from hass_lightning.training.wandb_logging import short_tags, wandb_disabled, wandb_settings
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,16 @@ def build_module(config: DictConfig, data: FeatureDataModule) -> tuple[HassModul
 
     Returns:
         (module, fraction of the answer tokens that a pruned vocabulary covers or None).
+
+    Raises:
+        ValueError: ZeRO-3 would partition parameters that the loss multiplies with, outside the head's forward.
     """
     draft = instantiate(config.model.draft)(data.target.config)
+    if deepspeed_stage(config.trainer) == 3 and draft.logit_parameters():
+        raise ValueError(
+            "trainer.strategy.stage=3 (ZeRO-3) does not support a head that trains its final norm or LM head: use "
+            "trainer=deepspeed_zero2, or model/draft=eagle."
+        )
     data.read_layers(draft.feature_layers)
     token_ids, coverage = None, None
     if draft.vocab_size is not None:
