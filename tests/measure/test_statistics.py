@@ -1,6 +1,7 @@
 """Intervals, tests and comparisons on cases with known results. Error rates: test_statistics_simulation.py."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -157,6 +158,17 @@ def test_benchmarks_are_adjusted_together():
     assert list(found) == ["x", "y"]
     assert found["x"].p_adjusted == pytest.approx(min(1, 2 * found["x"].p_value))
     assert "adjusted for several benchmarks" in found["x"].verdict
+
+
+def test_the_sentences_on_heads_name_head_benchmark_decoder_and_temperature():
+    records = [
+        replace(each, draft=name)
+        for name, effect in (("a", 0.0), ("b", 0.5))
+        for benchmark in ("x", "y")
+        for each in head(effect, n=10, benchmark=benchmark)
+    ]
+    starts = [sentence.split(": ")[0] for sentence in verdicts.verdicts(records, ["a", "b"])]
+    assert starts == ["b against a (x, tree, T=0)", "b against a (y, tree, T=0)"]
 
 
 def test_methods_need_seeds():

@@ -211,7 +211,7 @@ def verdicts(records: list[Record], drafts: list[str]) -> list[str]:
         home, *others = (select(records, draft=name, decoder=decoder, temperature=temperature) for name in drafts)
         for label, side in zip(drafts[1:], others, strict=True):
             if side and home:
-                for comparison in compare_benchmarks(side, home).values():
-                    where = f"{label} against {drafts[0]} ({decoder}, T={temperature:g})"
+                for benchmark, comparison in compare_benchmarks(side, home).items():
+                    where = f"{label} against {drafts[0]} ({benchmark}, {decoder}, T={temperature:g})"
                     sentences.append(f"{where}: {comparison.verdict}")
     return sentences
