@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import plotly.graph_objects as go
@@ -22,11 +23,12 @@ TITLES = {
     "position": ("τ by position in the answer", "tokens of the answer so far"),
     "context": ("τ by context length", "tokens of prompt and answer so far"),
     "category": ("τ by category", ""),
-    "repetition": ("τ by repetition", "do the last three tokens occur earlier in the text?"),
+    "repetition": ("τ by repetition", ""),
     "entropy": ("τ by the target's entropy", "entropy of the next token, nats"),
 }
 NOTES = {
-    "repetition": "“Repeated and continued”: the next token is also the one that followed then.",
+    "repetition": "Do the last three tokens occur earlier in the text? “Repeated and continued”: the next token is also "
+    "the one that followed then.",
     "entropy": "Entropy of the target's distribution of the first token that the draft has to predict, temperature 1.",
 }
 NOTE = "Whiskers: 95 % intervals over questions. The hover text gives the number of cycles."
@@ -99,7 +101,11 @@ def factor_figure(explanations: Sequence[Explanation], name: str, axis: str = ""
             f"<extra>{safe(each.label)}</extra>",
         )
     figure.update_layout(barmode="group", showlegend=len(explanations) > 1)
-    figure.update_xaxes(type="category", categoryorder="array", categoryarray=[safe(label) for label in labels])
+    values = [safe(label) for label in labels]
+    lines = ["<br>".join(wrap(value, 16)) for value in values]
+    figure.update_xaxes(
+        type="category", categoryorder="array", categoryarray=values, tickvals=values, ticktext=lines, tickangle=0
+    )
     return styled(figure, x=axis or None, y="τ (tokens per forward)")
 
 
