@@ -27,8 +27,8 @@ TITLES = {
     "entropy": ("τ by the target's entropy", "entropy of the next token, nats"),
 }
 NOTES = {
-    "repetition": "Do the last three tokens occur earlier in the text? “Repeated and continued”: the next token is also "
-    "the one that followed then.",
+    "repetition": "Do the last three tokens occur earlier in the text? “Repeated and continued”: the next token is "
+    "also the one that followed then.",
     "entropy": "Entropy of the target's distribution of the first token that the draft has to predict, temperature 1.",
 }
 NOTE = "Whiskers: 95 % intervals over questions. The hover text gives the number of cycles."
