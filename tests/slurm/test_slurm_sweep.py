@@ -1,5 +1,6 @@
 """Sweeps by array jobs of a real SLURM: what is submitted, what is not, and how jobs that ended are called."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -81,6 +82,18 @@ def restart(node):
     wait_for(lambda: "idle" in said("sinfo", "-hn", node, "-o%T"), 60)
 
 
+def lose(daemon, job):
+    """Kill the daemon of a node and all that the only job of an array runs there, as if the node had lost its power."""
+    number = said("squeue", "-hj", job, "-o%A").strip()
+    os.kill(int(daemon.read_text()), signal.SIGKILL)
+    subprocess.run(["pkill", "-KILL", "-f", rf"slurmstepd: \[{number}\."], check=False)
+    mark = f"SLURM_ARRAY_JOB_ID={job.split('_')[0]}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), signal.SIGKILL)
+
+
 @pytest.mark.timeout(600)
 def test_how_jobs_ended_is_said_by_name_and_the_same_command_runs_them_again(sweep, slurm, tmp_path):
     """Cell 1 completes; 2 is cancelled while it runs; 3 reaches its time limit; 4 needs too much memory."""
@@ -122,7 +135,7 @@ def test_a_cell_whose_node_is_lost_is_run_by_another_one(sweep, slurm):
     sweep.submit(*words, "hydra.launcher.options={exclude: 'hass1,hass2'}")
     wait_for(lambda: sweep.started() == [1])
     job = sweep.entry(1).job
-    os.kill(int(daemon.read_text()), signal.SIGKILL)
+    lose(daemon, job)
     wait_for(lambda: "PENDING" in said("squeue", "-hrj", job, "-o%T"), 90)  # queued again
     assert "0 to submit" in sweep.submit(*words).out
     subprocess.run(["scontrol", "update", f"JobId={job}", "ExcNodeList=", "StartTime=now"], check=True)
