@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from hass_lightning.runs.machine import processor_name
+
 RUNS = 5
 SOURCE = "import sys; sys.path.insert(0, {!r}); "
 SCRIPT = "import importlib; importlib.import_module('hass_lightning.commands.scripts').{}()"  # as the console script
@@ -40,16 +42,10 @@ def seconds(code: str, words: list[str], source: str) -> float:
     return spent
 
 
-def processor() -> str:
-    """The processor's model name, as Linux has it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def main() -> None:
     """Print a line for each command and checkout: median and range."""
     sources = [str(Path(source).resolve()) for source in sys.argv[1:] or ["src"]]
-    print(f"{processor()}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}", flush=True)
+    print(f"{processor_name()}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}", flush=True)
     for name, (code, words) in COMMANDS.items():
         times: dict[str, list[float]] = {source: [] for source in sources}
         for run in range(RUNS + 1):

@@ -18,8 +18,11 @@ def working_dtype(device: torch.device | str = "cpu") -> torch.dtype:
 
 def device_name() -> str:
     """Return the name of the GPU, or of the processor without one."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+
+
+def processor_name() -> str:
+    """Return the model name of the processor as Linux has it, or what Python knows elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
