@@ -5,7 +5,7 @@ help:                  ## this list
 install:               ## the package with all that a contributor needs, and the pre-commit hooks
 	pip install -e ".[dev]"
 	pre-commit install
-quickstart:            ## the main job: HASS on SmolLM2, at most 20 minutes on two cores
+quickstart:            ## the main job: HASS on SmolLM2, at most 15 minutes on two cores
 	hass-train
 smoke:                 ## the whole path on a tiny target, a minute
 	hass-train experiment=smoke
