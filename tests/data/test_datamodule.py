@@ -253,6 +253,10 @@ def test_most_frequent_tokens_cover_what_is_drafted(tiny, tmp_path):
     assert ids.tolist() == sorted(ids.tolist())
     assert coverage == 1.0
     assert data.most_frequent_tokens(3)[1] < 1
+    rare = torch.tensor([100, 101])
+    assert set(rare.tolist()) < set(data.most_frequent_tokens(6, kept=rare)[0].tolist())
+    assert set(data.most_frequent_tokens(4, kept=rare)[0].tolist()) - {100, 101} < set(ids.tolist())
+    assert torch.equal(data.most_frequent_tokens(1, kept=rare)[0], data.most_frequent_tokens(1)[0])  # it does not fit
     for size in (0, 10**6):
         with pytest.raises(ValueError, match=r"model\.draft\.vocab_size"):
             data.most_frequent_tokens(size)

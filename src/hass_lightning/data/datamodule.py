@@ -181,8 +181,12 @@ class FeatureDataModule(L.LightningDataModule):
             digest.update(sequence.loss_mask.numpy().tobytes())
         return digest.hexdigest()[:12]
 
-    def most_frequent_tokens(self, size: int) -> tuple[Tensor, float]:
+    def most_frequent_tokens(self, size: int, kept: Tensor | None = None) -> tuple[Tensor, float]:
         """Return the `size` most frequent answer tokens of the training data, sorted by id, and the share they cover.
+
+        Args:
+            size: number of tokens.
+            kept: tokens that come before more frequent ones, if all of them fit into `size`.
 
         Raises:
             ValueError: `size` is not in the range of the vocabulary.
@@ -198,7 +202,8 @@ class FeatureDataModule(L.LightningDataModule):
             raise ValueError(
                 f"model.draft.vocab_size={size} must be in 1 … {vocab_size} (the target's vocabulary), or null."
             )
-        ranked = sorted(range(vocab_size), key=lambda token: (-counts[token], token))[:size]
+        first = set(kept.tolist()) if kept is not None and len(kept) <= size else set()
+        ranked = sorted(range(vocab_size), key=lambda token: (token not in first, -counts[token], token))[:size]
         coverage = sum(counts[token] for token in ranked) / max(1, counts.total())
         return torch.tensor(sorted(ranked)), coverage
 

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from hass_lightning.data.datamodule import FeatureDataModule
+from hass_lightning.draft import load_draft
 from hass_lightning.runs.config import config_node
 from hass_lightning.runs.folder import keep_curves
 from hass_lightning.runs.machine import working_dtype
@@ -63,7 +64,9 @@ def build_module(config: DictConfig, data: FeatureDataModule) -> tuple[HassModul
     data.read_layers(draft.feature_layers)
     token_ids, coverage = None, None
     if draft.vocab_size is not None:
-        token_ids, coverage = data.most_frequent_tokens(draft.vocab_size)
+        # little data would give the second stage of a head a worse vocabulary than it has
+        kept = load_draft(config.init_from).token_ids if config.get("init_from") else None
+        token_ids, coverage = data.most_frequent_tokens(draft.vocab_size, kept)
     return instantiate(config.model)(draft=draft, head=data.target.head, token_ids=token_ids), coverage
 
 
