@@ -18,6 +18,7 @@ def fresh(monkeypatch, tmp_path):
     """Mode `auto` without stored choices."""
     monkeypatch.setattr(kernels, "_known", {})
     monkeypatch.setenv("HASS_LIGHTNING_CACHE", str(tmp_path))
+    monkeypatch.setattr(kernels, "_measure_again", True)  # a chat in this process turns it off
     yield
     set_mode("auto")
 
