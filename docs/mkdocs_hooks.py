@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: experiments/ and benchmarks/ join the site, and docs/config.md shows the files of conf/."""
+"""Hooks of mkdocs: pages outside docs/ join the site, and docs/config.md shows the files of conf/."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ PLACE = "<!-- conf -->"
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages and pictures that lie outside docs/, under the addresses that links between them use."""
-    for folder in ("experiments", "benchmarks"):
-        for path in sorted((ROOT / folder).iterdir()):
-            if path.suffix in (".md", ".png", ".html"):
-                files.append(File.generated(config, f"{folder}/{path.name}", abs_src_path=str(path)))
+    outside = [path for folder in ("experiments", "benchmarks") for path in sorted((ROOT / folder).iterdir())]
+    cards = sorted((ROOT / "src" / "hass_lightning").rglob("README.md"))  # of the corpus and the heads in the package
+    for path in (*outside, *cards):
+        if path.suffix in (".md", ".png", ".html"):
+            files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
 
 
