@@ -21,7 +21,7 @@ QUESTIONS = (
     "A shop sells pens at 3 dollars each. Anna buys 4 pens and pays with 20 dollars. How much change does she get?",
     "What causes the seasons on Earth?",
 )
-RECORDED = {HEADS[0]: 0.0, HEADS[1]: 0.0}  # τ on these questions: 64 greedy tokens each, in float32
+RECORDED = {HEADS[0]: 2.64, HEADS[1]: 2.73}  # τ on these questions: 64 greedy tokens each, in float32
 
 
 @pytest.mark.parametrize("path", HEADS)
