@@ -25,7 +25,7 @@ def test_yaml_builds_its_decoder(name):
     if name == "dynamic_tree":  # its size depends on the machine
         assert decoder in (DynamicTree(16, 4, 4), DynamicTree(8, 3, 3))
     elif name == "hybrid":
-        assert decoder in (Hybrid(16, 3, 4), Hybrid(8, 2, 4))
+        assert decoder in (Hybrid(12, 3, 4), Hybrid(8, 2, 4))
     else:
         assert decoder == type(decoder)()
     assert decoder.acceptance == {"autoregressive": "none", "draft_model": "sampled", "chain": "sampled"}.get(
