@@ -168,5 +168,5 @@ def test_memory_of_extraction_matches_a_process(cache_dir, tmp_path):
 
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, cwd=tmp_path)
     measured = json.loads(done.stdout.splitlines()[-1])["extraction"]
-    # the allocator keeps some of the separate weights that are freed when they are joined: 1.0 to 1.6 times on one machine
+    # the allocator keeps some of the weights that are freed when they are joined: 1.0 to 1.6 times on one machine
     assert 0.8 < measured / extraction_memory(SMOLLM2, 4, 2048) < 1.8
