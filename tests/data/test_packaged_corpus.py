@@ -10,9 +10,11 @@ from hass_lightning.data.order import split_validation
 from hass_lightning.data.prompts import JsonLines
 from hass_lightning.target_model.source import local_path
 
-FILE = local_path("package://data/corpora/smollm2_135m.jsonl.gz")
+PATH = "package://data/corpora/smollm2_135m.jsonl.gz"
+FILE = local_path(PATH)
 MANIFEST = json.loads(FILE.with_name("smollm2_135m.manifest.json").read_text())
-LINES = [json.loads(line) for line in gzip.decompress(FILE.read_bytes()).splitlines()]
+TEXT = gzip.decompress(FILE.read_bytes())
+LINES = [json.loads(line) for line in TEXT.splitlines()]
 
 
 def num_turns(line):
@@ -31,7 +33,7 @@ def test_it_is_large_and_broad():
 
 def test_its_manifest_describes_it():
     counts = MANIFEST["counts"]
-    assert hashlib.sha256(gzip.decompress(FILE.read_bytes())).hexdigest() == MANIFEST["sha256"]
+    assert hashlib.sha256(TEXT).hexdigest() == MANIFEST["sha256"]
     assert Counter(line["split"] for line in LINES) == {name: counts[name] for name in ("train", "validation")}
     assert Counter(str(num_turns(line)) for line in LINES) == counts["turns"]
     for name, numbers in counts["categories"].items():
@@ -41,7 +43,7 @@ def test_its_manifest_describes_it():
 
 
 def test_no_question_is_in_both_parts_and_validation_is_greedy():
-    conversations = JsonLines("package://data/corpora/smollm2_135m.jsonl.gz").load(None)
+    conversations = JsonLines(PATH).load(None)
     train, validation = split_validation(conversations, 100)
     assert len(validation) == 100 and len(train) > 5_000
     assert not {c.question for c in train} & {c.question for c in validation}
